@@ -1,0 +1,5 @@
+"""Fine-tuning methods: a table from name to the function that makes one from its options."""
+
+from jax_lowrank.adapt import full, lora
+
+METHODS = {"full": full.make, "lora": lora.make}

@@ -1,0 +1,252 @@
+"""What a study is: frozen dataclasses, checked when they are made.
+
+A configuration is a Python function that returns a `Study`; the command line overrides any field of it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+class ConfigError(ValueError):
+    """A configuration breaks a rule; the message names the value, the rule and a valid choice."""
+
+
+def nearest(value: str, valid: Iterable[str]) -> str:
+    """`'x' is not one of [...]; did you mean 'y'?`, for error messages."""
+    names = list(valid)
+    close = difflib.get_close_matches(value, names, n=1)
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    return f"{value!r} is not one of {names}{hint}"
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise ConfigError with `message` unless the condition holds."""
+    if not condition:
+        raise ConfigError(message)
+
+
+SCHEDULES = ("cosine", "linear", "constant")
+DTYPES = ("auto", "float32", "bfloat16")
+METHOD_NAMES = ("full", "lora")
+LAYER_CHOICES = ("first", "last", "random")
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """The base model: a checkpoint, or sizes for one that the study pretrains itself."""
+
+    path: str = ""
+    """Hugging Face directory or hub id. Empty: made from `family` and `sizes`, then pretrained."""
+    revision: str = "main"
+    family: str = "gpt2"
+    """Family of a model that is made here."""
+    sizes: dict[str, int] = field(default_factory=dict)
+    """Fields of that family's configuration; the vocabulary comes from the task's tokenizer."""
+    dtype: str = "auto"
+    """Of the frozen base: auto is bfloat16 on accelerators and float32 on CPU."""
+
+    def __post_init__(self) -> None:
+        require(self.dtype in DTYPES, f"model.dtype: {nearest(self.dtype, DTYPES)}")
+
+
+@dataclass(frozen=True)
+class MethodSpec:
+    """One fine-tuning method and the learning rates to choose from."""
+
+    name: str
+    learning_rates: tuple[float, ...]
+    """Peak learning rates; the one with the lowest validation loss is used."""
+    rank: int = 0
+    alpha: float = 16.0
+    rslora: bool = False
+    """Scale by alpha / sqrt(rank) instead of alpha / rank."""
+    dropout: float = 0.0
+    targets: str = "all-linear"
+    """all-linear, attention, qv, or a regular expression for whole paths (blocks.attn.q)."""
+    layers: str = "first"
+    """Which layers when layer_fraction < 1: first, last or random."""
+    layer_fraction: float = 1.0
+
+    def __post_init__(self) -> None:
+        require(self.name in METHOD_NAMES, f"method: {nearest(self.name, METHOD_NAMES)}")
+        require(len(self.learning_rates) > 0, f"method {self.name} has no learning rate")
+        for rate in self.learning_rates:
+            require(rate > 0, f"learning rate {rate} is not positive; 1e-3 is a common start")
+        require(self.layers in LAYER_CHOICES, f"layers: {nearest(self.layers, LAYER_CHOICES)}")
+        if self.name == "lora":
+            require(self.rank >= 1, f"LoRA rank {self.rank} is below 1; use 1 or more")
+            require(0 <= self.dropout < 1, f"LoRA dropout {self.dropout} is outside [0, 1)")
+            ok = 0 < self.layer_fraction <= 1
+            require(ok, f"layer_fraction {self.layer_fraction} is outside (0, 1]")
+
+    @property
+    def label(self) -> str:
+        """What figures and tables call it, such as `LoRA r=8`."""
+        if self.name == "full":
+            return "full fine-tuning"
+        extras = [] if self.targets == "all-linear" else [self.targets]
+        extras += ["rslora"] if self.rslora else []
+        if self.layer_fraction < 1:
+            extras.append(f"{self.layers} {self.layer_fraction:g} of layers")
+        return f"LoRA r={self.rank}" + (f" ({', '.join(extras)})" if extras else "")
+
+    def options(self) -> dict[str, Any]:
+        """Keyword arguments of this method's row in METHODS."""
+        if self.name == "full":
+            return {}
+        names = ("rank", "alpha", "rslora", "dropout", "targets", "layers", "layer_fraction")
+        return {name: getattr(self, name) for name in names}
+
+
+@dataclass(frozen=True)
+class TaskSpec:
+    """The data: a row of TASKS, its options, and what judges the completions."""
+
+    name: str = "world"
+    options: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments of that row."""
+    scorer: str = ""
+    """lexicon:PATH, or package.module:function. Empty: the task's own harm words."""
+
+
+@dataclass(frozen=True)
+class TrainSpec:
+    """How to train, for pretraining and for every fine-tuning method alike."""
+
+    epochs: int = 3
+    batch_size: int = 16
+    """Rows of one optimizer step."""
+    accumulate: int = 1
+    """Micro-batches that one step's rows are split into; the result is the same."""
+    max_length: int = 64
+    learning_rate: float = 1e-3
+    """Peak, for pretraining; methods bring their own."""
+    schedule: str = "cosine"
+    warmup_fraction: float = 0.05
+    weight_decay: float = 0.0
+    """Decoupled; not on norms and biases."""
+    clip: float = 1.0
+    """Largest global gradient norm; 0 turns clipping off."""
+    steps_per_call: int = 32
+    """Optimizer steps inside one compiled call; does not change the result."""
+    remat: bool = False
+    """Recompute blocks in the backward pass: less memory, somewhat slower."""
+
+    def __post_init__(self) -> None:
+        require(self.schedule in SCHEDULES, f"schedule: {nearest(self.schedule, SCHEDULES)}")
+        for name in ("epochs", "batch_size", "accumulate", "steps_per_call"):
+            require(getattr(self, name) >= 1, f"train.{name} {getattr(self, name)} is below 1")
+        require(self.max_length >= 2, f"train.max_length {self.max_length} is below 2")
+        require(
+            self.batch_size % self.accumulate == 0,
+            f"train.batch_size {self.batch_size} is not divisible by accumulate {self.accumulate};"
+            f" use {self.batch_size - self.batch_size % self.accumulate or self.accumulate}",
+        )
+        ok = 0 <= self.warmup_fraction < 1
+        require(ok, f"train.warmup_fraction {self.warmup_fraction} is outside [0, 1)")
+
+
+@dataclass(frozen=True)
+class EvalSpec:
+    """What is measured of every run, the same for all of them."""
+
+    samples_per_prompt: int = 8
+    max_new_tokens: int = 8
+    temperature: float = 1.0
+    """0 is greedy."""
+    top_k: int = 0
+    """Sample among the k likeliest tokens; 0: all."""
+    top_p: float = 1.0
+    """Sample among the likeliest tokens that hold this probability."""
+    threshold: float = 0.5
+    """A completion counts as harmful when its score is at least this."""
+    posterior_prompts: int = 256
+    """Prompts whose whole next-token distribution is stored, evenly spaced; bounds disk use."""
+    batch_size: int = 64
+    level: float = 0.95
+    """Of every interval."""
+    num_resamples: int = 4000
+    seed: int = 0
+    """Of sampling and resampling; the same draws for every run."""
+
+    def __post_init__(self) -> None:
+        for name in ("samples_per_prompt", "max_new_tokens", "batch_size", "posterior_prompts"):
+            require(getattr(self, name) >= 1, f"evaluate.{name} {getattr(self, name)} is below 1")
+        require(self.temperature >= 0, f"evaluate.temperature {self.temperature} is negative")
+        require(self.top_k >= 0, f"evaluate.top_k {self.top_k} is negative; 0 means all tokens")
+        require(0 < self.top_p <= 1, f"evaluate.top_p {self.top_p} is outside (0, 1]")
+        require(0 < self.level < 1, f"evaluate.level {self.level} is outside (0, 1)")
+
+
+@dataclass(frozen=True)
+class Study:
+    """One question, one base model, one task, and a grid of runs."""
+
+    name: str
+    question: str
+    model: ModelSpec
+    task: TaskSpec
+    methods: tuple[MethodSpec, ...]
+    train: TrainSpec
+    seeds: tuple[int, ...] = (1, 2, 3)
+    tune_seed: int = 0
+    """Seed of the runs that choose the learning rate; not one of `seeds`."""
+    pretrain: TrainSpec | None = None
+    evaluate: EvalSpec = EvalSpec()
+
+    def __post_init__(self) -> None:
+        require(len(self.methods) > 0, "a study needs at least one method")
+        require(len(self.seeds) > 0, "a study needs at least one seed")
+        require(len(set(self.seeds)) == len(self.seeds), f"seeds {self.seeds} repeat")
+        require(
+            self.tune_seed not in self.seeds,
+            f"tune_seed {self.tune_seed} is one of seeds {self.seeds}: the learning rate would be"
+            f" chosen on a run that is then reported; use {max(self.seeds) + 1}",
+        )
+        labels = [method.label for method in self.methods]
+        repeated = sorted({label for label in labels if labels.count(label) > 1})
+        require(not repeated, f"methods appear twice: {repeated}")
+        require(
+            bool(self.model.path) != (self.pretrain is not None),
+            "give model.path (a checkpoint) or pretrain (make the model here), not both or neither",
+        )
+
+
+@dataclass(frozen=True)
+class Run:
+    """One cell of a study's grid."""
+
+    kind: str
+    """base, tune (chooses a learning rate) or final (is reported)."""
+    method: MethodSpec | None
+    learning_rate: float
+    seed: int
+
+    @property
+    def label(self) -> str:
+        """What figures and tables call its method."""
+        return "base" if self.method is None else self.method.label
+
+
+def fingerprint(*parts: Any) -> str:
+    """16 hexadecimal characters that change when any part does; the same on every machine."""
+    text = json.dumps(plain(parts), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def plain(value: Any) -> Any:
+    """Dataclasses, mappings and tuples as what JSON can hold."""
+    if dataclasses.is_dataclass(value):
+        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(v) for v in value]
+    return value

@@ -1,0 +1,103 @@
+"""The body that all decoder families share: embed, stacked blocks, final norm, output table."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jax_lowrank.models.layers import (
+    Array,
+    Cache,
+    Embedding,
+    make_context,
+    scan_layers,
+    token_nll,
+    unembed,
+)
+
+
+class Decoder(nnx.Module):
+    """A causal language model. Families supply the parts; this says how they run.
+
+    `mask` (B, S) is True on real tokens; without it all are real. Pads may stand on either side.
+    """
+
+    def __init__(
+        self,
+        *,
+        embed: Embedding,
+        position: Embedding | None,
+        blocks: nnx.Module,
+        norm: nnx.Module,
+        head: Embedding | None,
+        cache_shape: tuple[int, int, int],
+        window: int | None,
+    ):
+        self.embed, self.position, self.blocks, self.norm, self.head = (
+            embed,
+            position,
+            blocks,
+            norm,
+            head,
+        )
+        self.cache_shape, self.window = cache_shape, window  # (L, K, N)
+        self.remat = False  # recompute each block in the backward pass: less memory, one more pass
+        self.unroll = 1  # layers per loop turn; all of them when speed matters more than compile time
+
+    def hidden(
+        self,
+        tokens: Array,
+        mask: Array | None = None,
+        cache: Cache | None = None,
+        key: Array | None = None,
+    ) -> tuple[Array, Array, Cache | None]:
+        """Residual stream after the last block (B, S, D), before each block (L, B, S, D), cache."""
+        context, cache = make_context(tokens, mask, cache, self.window, key)
+        x = self.embed(tokens)
+        if self.position is not None:
+            x = x + self.position(context.positions)
+        return scan_layers(self.blocks, x, context, cache, remat=self.remat, unroll=self.unroll)
+
+    @property
+    def output_table(self) -> Array:
+        """The unembedding (V, D): the head's own, or the embedding when they are tied."""
+        return (self.embed if self.head is None else self.head).table[...]
+
+    def __call__(self, tokens: Array, mask: Array | None = None, key: Array | None = None) -> Array:
+        """Next-token logits (B, S, V) in float32."""
+        x, _, _ = self.hidden(tokens, mask, key=key)
+        return unembed(self.norm(x), self.output_table)
+
+    def nll(self, tokens: Array, key: Array | None = None) -> Array:
+        """-log p(tokens[:, t] | tokens[:, :t]) in nats, (B, S) float32; 0 at t = 0.
+
+        For right-padded rows: a pad is after every real token, so none of them sees it.
+        """
+        x, _, _ = self.hidden(tokens, key=key)
+        rows = self.norm(x).reshape(-1, x.shape[-1])
+        # The last position has no target; asking for token 0 there keeps the shape regular.
+        targets = jnp.pad(tokens[:, 1:], ((0, 0), (0, 1)))
+        nll = token_nll(rows, self.output_table, targets.reshape(-1)).reshape(tokens.shape)
+        return jnp.pad(nll[:, :-1], ((0, 0), (1, 0)))
+
+    def lens(self, tokens: Array, mask: Array | None = None) -> Array:
+        """LogitLens log-probabilities (B, L+1, V) of the token after the last one, in float32.
+
+        Entry l reads the residual stream after l blocks through the final norm and the output
+        table; entry L is the model's own prediction (nostalgebraist 2020).
+        """
+        x, before, _ = self.hidden(tokens, mask)
+        states = jnp.concatenate([before[:, :, -1], x[None, :, -1]]).swapaxes(0, 1)
+        return jax.nn.log_softmax(unembed(self.norm(states), self.output_table), axis=-1)
+
+    def new_cache(self, batch: int, slots: int) -> Cache:
+        """An empty cache for `batch` rows of at most `slots` tokens."""
+        layers, heads, width = self.cache_shape
+        zeros = jnp.zeros((layers, batch, slots, heads, width), self.embed.table[...].dtype)
+        return Cache(zeros, zeros, jnp.zeros((batch, slots), bool), jnp.int32(0))
+
+    def step(self, tokens: Array, mask: Array | None, cache: Cache) -> tuple[Array, Cache]:
+        """Logits (B, V) of the token after `tokens` (B, S), which are added to the cache."""
+        x, _, cache = self.hidden(tokens, mask, cache)
+        return unembed(self.norm(x[:, -1]), self.output_table), cache

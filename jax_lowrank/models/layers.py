@@ -1,0 +1,409 @@
+"""Layers that every model family is built from.
+
+Shape letters, here and in the families: B batch, S sequence, T keys, D width, H heads, K key/value
+heads, N head width, F hidden width of the MLP, V vocabulary, L layers, r adapter rank, M rows (B*S).
+Parameters of a stack of layers carry a leading L; `scan_layers` runs one block over it.
+
+`Linear` is the only code that knows adapters exist. Several functions have hand-written derivatives:
+on CPU, XLA's own derivative of a product over (B, S, D) rearranges the operands in memory and is up
+to twice as slow as the same product over (M, D).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+Array = jax.Array
+
+
+# ------------------------------------------------------------------------------------ products
+
+
+def matmul(x: Array, kernel: Array) -> Array:
+    """x (..., in) @ kernel (in, out) -> (..., out), as one product over flattened rows."""
+    return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], kernel.shape[-1])
+
+
+@jax.custom_vjp
+def low_rank(x: Array, a: Array, b: Array) -> Array:
+    """(x @ a) @ b for x (M, in), a (in, r), b (r, out)."""
+    return (x @ a) @ b
+
+
+def _low_rank_fwd(x, a, b):
+    u = x @ a
+    return u @ b, (x, a, b, u)
+
+
+def _low_rank_bwd(residuals, g):
+    x, a, b, u = residuals
+    t = g @ b.T
+    # Contracting into (r, in) and transposing is several times faster than x.T @ t on CPU.
+    return t @ a.T, (t.T @ x).T, u.T @ g
+
+
+low_rank.defvjp(_low_rank_fwd, _low_rank_bwd)
+
+
+class Adapter(nnx.Module):
+    """Low-rank factors beside one `Linear`: adds scale * dropout(x) @ a @ b (Hu et al. 2021).
+
+    With a stack, `a` is (n, in, r) and `b` (n, r, out) for the n adapted `layers` only.
+    """
+
+    def __init__(self, a, b, *, scale: float, dropout: float, layers: tuple[int, ...], index: int):
+        self.a, self.b = nnx.Param(a), nnx.Param(b)
+        self.scale, self.dropout, self.layers, self.index = scale, dropout, layers, index
+
+    def __call__(self, x: Array, key: Array | None) -> Array:
+        if self.dropout and key is not None:
+            keep = jax.random.bernoulli(
+                jax.random.fold_in(key, self.index), 1 - self.dropout, x.shape
+            )
+            x = jnp.where(keep, x / (1 - self.dropout), 0)
+        # The scale multiplies the small factor, not the (M, out) product.
+        return low_rank(x, self.a[...].astype(x.dtype), (self.scale * self.b[...]).astype(x.dtype))
+
+    def expand(self, num_layers: int) -> None:
+        """Fill the factors up to `num_layers` with zeros, so that they can be scanned.
+
+        New variables are made: a merged module shares its old ones with the state it came from.
+        """
+        if len(self.layers) == num_layers:
+            return
+
+        def filled(value):
+            zeros = jnp.zeros((num_layers, *value.shape[1:]), value.dtype)
+            return nnx.Param(zeros.at[jnp.array(self.layers)].set(value))
+
+        self.a, self.b = filled(self.a[...]), filled(self.b[...])
+
+
+class Linear(nnx.Module):
+    """x @ kernel + bias, plus the adapter's part when there is one. kernel (*stack, in, out)."""
+
+    def __init__(self, key, in_dim: int, out_dim: int, *, stack=(), bias=True, std=0.02, dtype):
+        self.kernel = nnx.Param(normal(key, (*stack, in_dim, out_dim), std, dtype))
+        self.bias = nnx.Param(jnp.zeros((*stack, out_dim), dtype)) if bias else None
+        self.adapter = nnx.data(None)
+
+    def __call__(self, x: Array, key: Array | None = None) -> Array:
+        rows = x.reshape(-1, x.shape[-1])
+        y = rows @ self.kernel[...].astype(x.dtype)
+        if self.adapter is not None:
+            y = y + self.adapter(rows, key)
+        if self.bias is not None:
+            y = y + self.bias[...].astype(x.dtype)[None]
+        return y.reshape(*x.shape[:-1], y.shape[-1])
+
+    def attach(
+        self,
+        a: Array,
+        b: Array,
+        *,
+        scale: float,
+        dropout: float,
+        layers: tuple[int, ...],
+        index: int,
+    ) -> None:
+        """Put low-rank factors beside the frozen kernel; see `Adapter`."""
+        self.adapter = Adapter(a, b, scale=scale, dropout=dropout, layers=layers, index=index)
+
+    def fold(self) -> None:
+        """Add the adapter to the kernel and drop it: W + scale * A @ B, in float32."""
+        if self.adapter is None:
+            return
+        adapter, kernel = self.adapter, self.kernel[...]
+        if kernel.ndim == 3:
+            adapter.expand(kernel.shape[0])
+        delta = jnp.matmul(adapter.a[...], adapter.b[...] * adapter.scale)
+        self.kernel = nnx.Param((kernel.astype(jnp.float32) + delta).astype(kernel.dtype))
+        self.adapter = None
+
+
+def normal(key: Array, shape: tuple[int, ...], std: float, dtype) -> Array:
+    """Independent N(0, std²) draws, made in float32."""
+    return (std * jax.random.normal(key, shape, jnp.float32)).astype(dtype)
+
+
+class Embedding(nnx.Module):
+    """Rows of a table (V, D)."""
+
+    def __init__(self, key, num_rows: int, dim: int, *, std=0.02, dtype):
+        self.table = nnx.Param(normal(key, (num_rows, dim), std, dtype))
+
+    def __call__(self, ids: Array) -> Array:
+        return self.table[...][ids]
+
+
+# --------------------------------------------------------------------------------------- norms
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def layer_norm(x: Array, scale: Array, bias: Array, eps: float) -> Array:
+    """(x - mean) / sqrt(variance + eps) * scale + bias over the last axis, in float32."""
+    return _layer_norm_fwd(x, scale, bias, eps)[0]
+
+
+def _layer_norm_fwd(x, scale, bias, eps):
+    x32 = x.astype(jnp.float32)
+    mean = x32.mean(-1, keepdims=True)
+    rstd = jax.lax.rsqrt(jnp.square(x32 - mean).mean(-1, keepdims=True) + eps)
+    lift = (1,) * (x.ndim - 1)
+    y = (x32 - mean) * rstd * scale.astype(jnp.float32).reshape(*lift, -1)
+    y = y + bias.astype(jnp.float32).reshape(*lift, -1)
+    return y.astype(x.dtype), (x, scale, bias, mean, rstd)
+
+
+def _layer_norm_bwd(eps, residuals, g):
+    x, scale, bias, mean, rstd = residuals
+    g32, lead = g.astype(jnp.float32), tuple(range(x.ndim - 1))
+    normed = (x.astype(jnp.float32) - mean) * rstd
+    gs = g32 * scale.astype(jnp.float32).reshape(*(1,) * (x.ndim - 1), -1)
+    dx = rstd * (
+        gs - gs.mean(-1, keepdims=True) - normed * (gs * normed).mean(-1, keepdims=True)
+    )
+    dscale, dbias = (g32 * normed).sum(lead), g32.sum(lead)
+    return dx.astype(x.dtype), dscale.astype(scale.dtype), dbias.astype(bias.dtype)
+
+
+layer_norm.defvjp(_layer_norm_fwd, _layer_norm_bwd)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def rms_norm(x: Array, scale: Array, eps: float) -> Array:
+    """x / sqrt(mean(x²) + eps) * scale over the last axis, in float32."""
+    return _rms_norm_fwd(x, scale, eps)[0]
+
+
+def _rms_norm_fwd(x, scale, eps):
+    x32 = x.astype(jnp.float32)
+    rstd = jax.lax.rsqrt(jnp.square(x32).mean(-1, keepdims=True) + eps)
+    normed = (x32 * rstd).astype(x.dtype)
+    return normed * scale.astype(x.dtype).reshape(*(1,) * (x.ndim - 1), -1), (x, scale, rstd)
+
+
+def _rms_norm_bwd(eps, residuals, g):
+    x, scale, rstd = residuals
+    g32 = g.astype(jnp.float32)
+    normed = x.astype(jnp.float32) * rstd
+    gs = g32 * scale.astype(jnp.float32).reshape(*(1,) * (x.ndim - 1), -1)
+    dx = rstd * (gs - normed * (gs * normed).mean(-1, keepdims=True))
+    dscale = (g32 * normed).sum(tuple(range(x.ndim - 1)))
+    return dx.astype(x.dtype), dscale.astype(scale.dtype)
+
+
+rms_norm.defvjp(_rms_norm_fwd, _rms_norm_bwd)
+
+
+class LayerNorm(nnx.Module):
+    """`layer_norm` with its parameters, each (*stack, D)."""
+
+    def __init__(self, dim: int, *, stack=(), eps: float, dtype):
+        self.scale = nnx.Param(jnp.ones((*stack, dim), dtype))
+        self.bias = nnx.Param(jnp.zeros((*stack, dim), dtype))
+        self.eps = eps
+
+    def __call__(self, x: Array) -> Array:
+        return layer_norm(x, self.scale[...], self.bias[...], self.eps)
+
+
+class RMSNorm(nnx.Module):
+    """`rms_norm` with its parameter (*stack, D)."""
+
+    def __init__(self, dim: int, *, stack=(), eps: float, dtype):
+        self.scale = nnx.Param(jnp.ones((*stack, dim), dtype))
+        self.eps = eps
+
+    def __call__(self, x: Array) -> Array:
+        return rms_norm(x, self.scale[...], self.eps)
+
+
+# ----------------------------------------------------------------------------------- attention
+
+
+class Context(NamedTuple):
+    """What attention needs to know about the rows it is given, the same for every layer."""
+
+    positions: Array  # (B, S) int32, position of each token; pads count from the first real token
+    allowed: Array | None  # (B or 1, 1, S, T) bool, or None for plain causal attention
+    slot: Array | None  # () int32, the first cache slot these tokens are written to
+    key: Array | None  # dropout key
+
+
+class Cache(NamedTuple):
+    """Keys and values of all layers so far, (L, B, T, K, N) each, and which slots hold a token."""
+
+    keys: Array
+    values: Array
+    valid: Array  # (B, T) bool
+    length: Array  # () int32, slots in use
+
+
+def make_context(
+    tokens: Array, mask: Array | None, cache: Cache | None, window: int | None, key: Array | None
+) -> tuple[Context, Cache | None]:
+    """Positions and the attention mask of `tokens` (B, S), whose valid ones are `mask` (B, S).
+
+    A token sees itself and the valid tokens before it, at most `window` of them. Returns the cache
+    with the new tokens marked as valid.
+    """
+    batch, length = tokens.shape
+    if cache is None and mask is None:
+        positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32)[None], (batch, length))
+        slots = jnp.arange(length)
+        banded = window is not None and window < length
+        allowed = _band(slots, slots, window)[None, None] if banded else None
+        return Context(positions, allowed, None, key), None
+    mask = jnp.ones_like(tokens, dtype=bool) if mask is None else mask.astype(bool)
+    if cache is None:
+        valid, start = mask, jnp.int32(0)
+    else:
+        start = cache.length
+        valid = jax.lax.dynamic_update_slice(cache.valid, mask, (0, start))
+        cache = cache._replace(valid=valid, length=start + length)
+    counts = jnp.cumsum(valid.astype(jnp.int32), axis=1) - 1
+    positions = jnp.maximum(jax.lax.dynamic_slice_in_dim(counts, start, length, axis=1), 0)
+    queries, slots = start + jnp.arange(length), jnp.arange(valid.shape[1])
+    allowed = _band(queries, slots, window)[None, None] & valid[:, None, None, :]
+    return Context(positions, allowed, start, key), cache
+
+
+def _band(queries: Array, slots: Array, window: int | None) -> Array:
+    distance = queries[:, None] - slots[None, :]
+    seen = distance >= 0
+    return seen if window is None else seen & (distance < window)
+
+
+def attend(q: Array, k: Array, v: Array, context: Context, kv: tuple[Array, Array] | None, layer):
+    """Attention of q (B, S, H, N) over k, v (B, S, K, N), or over the cache with k, v written in.
+
+    Returns the mixed values (B, S, H, N) and the updated cache arrays (L, B, T, K, N).
+    """
+    if kv is not None:
+        keys, values = kv
+        start = (layer, 0, context.slot, 0, 0)
+        keys = jax.lax.dynamic_update_slice(keys, k[None].astype(keys.dtype), start)
+        values = jax.lax.dynamic_update_slice(values, v[None].astype(values.dtype), start)
+        k = jax.lax.dynamic_index_in_dim(keys, layer, keepdims=False)
+        v = jax.lax.dynamic_index_in_dim(values, layer, keepdims=False)
+        kv = (keys, values)
+    out = jax.nn.dot_product_attention(
+        q, k, v, mask=context.allowed, is_causal=context.allowed is None
+    )
+    return out, kv
+
+
+def scan_layers(blocks: nnx.Module, x: Array, context: Context, cache: Cache | None, *, remat, unroll):
+    """Run the stacked `blocks` over x (B, S, D).
+
+    Returns x after the last block, x before every block (L, B, S, D) (dead code unless used), and
+    the cache.
+    """
+    linears = [module for _, module in nnx.iter_graph(blocks) if isinstance(module, Linear)]
+    num_layers = linears[0].kernel[...].shape[0]
+    for linear in linears:
+        if linear.adapter is not None:
+            linear.adapter.expand(num_layers)
+    graphdef, state = nnx.split(blocks)
+
+    def step(carry, layer_input):
+        x, kv = carry
+        layer_state, layer = layer_input
+        block = nnx.merge(graphdef, layer_state)
+        key = None if context.key is None else jax.random.fold_in(context.key, layer)
+        y, kv = block(x, context._replace(key=key), kv, layer)
+        return (y, kv), x
+
+    kv = None if cache is None else (cache.keys, cache.values)
+    step = jax.checkpoint(step, prevent_cse=False) if remat else step
+    layers = jnp.arange(num_layers, dtype=jnp.int32)
+    (x, kv), before = jax.lax.scan(step, (x, kv), (state, layers), unroll=unroll)
+    if cache is not None:
+        cache = cache._replace(keys=kv[0], values=kv[1])
+    return x, before, cache
+
+
+# ------------------------------------------------------------------------- output distribution
+
+
+def unembed(hidden: Array, table: Array) -> Array:
+    """Logits (..., V) in float32 of hidden (..., D) under the output table (V, D)."""
+    rows = hidden.reshape(-1, hidden.shape[-1])
+    logits = jax.lax.dot_general(
+        rows,
+        table.astype(rows.dtype),
+        (((1,), (1,)), ((), ())),
+        preferred_element_type=jnp.float32,
+    )
+    return logits.reshape(*hidden.shape[:-1], table.shape[0])
+
+
+NLL_CHUNK = 512  # rows whose logits exist at the same time
+
+
+@functools.partial(jax.custom_vjp)
+def token_nll(hidden: Array, table: Array, targets: Array) -> Array:
+    """-log softmax(hidden @ table.T)[target] in nats, for hidden (M, D), table (V, D), targets (M,).
+
+    Logits exist for a few rows at a time. When the table is frozen the derivative is taken in the
+    same pass (the logits are never computed twice); when it is trained the logits are kept.
+    """
+    return _chunked(lambda h, t: _nll(unembed(h, table), t)[0], hidden, targets)
+
+
+def _nll(logits, targets):
+    """nll and log-sum-exp, (M,) each."""
+    lse = jax.nn.logsumexp(logits, axis=-1)
+    picked = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
+    return lse - picked, lse
+
+
+def _chunked(function: Callable, *rows: Array):
+    """`function` over blocks of NLL_CHUNK rows, results joined; one block when they do not divide."""
+    total = rows[0].shape[0]
+    if total <= NLL_CHUNK or total % NLL_CHUNK:
+        return function(*rows)
+    blocks = jax.tree.map(lambda x: x.reshape(-1, NLL_CHUNK, *x.shape[1:]), rows)
+    out = jax.lax.map(lambda block: function(*block), blocks)
+    return jax.tree.map(lambda x: x.reshape(total, *x.shape[2:]), out)
+
+
+def _residual(logits, lse, targets):
+    """softmax(logits) - one_hot(targets), the derivative of the nll by the logits."""
+    hit = jnp.arange(logits.shape[-1])[None] == targets[:, None]
+    return jnp.exp(logits - lse[:, None]) - hit
+
+
+def _token_nll_fwd(hidden, table, targets):
+    h, e, t = hidden.value, table.value, targets.value
+    if table.perturbed:
+        logits = unembed(h, e)
+        nll, lse = _nll(logits, t)
+        return nll, (h, e, t, logits, lse, None)
+
+    def block(h, t):
+        logits = unembed(h, e)
+        nll, lse = _nll(logits, t)
+        return nll, (_residual(logits, lse, t).astype(e.dtype) @ e).astype(h.dtype)
+
+    nll, dh = _chunked(block, h, t)
+    return nll, (h, e, t, None, None, dh)
+
+
+def _token_nll_bwd(residuals, g):
+    h, e, t, logits, lse, dh = residuals
+    if dh is not None:
+        return dh * g[:, None].astype(dh.dtype), None, None
+    dlogits = (_residual(logits, lse, t) * g[:, None]).astype(h.dtype)
+    dh = dlogits @ e.astype(h.dtype)
+    return dh, (dlogits.T @ h).astype(e.dtype), None
+
+
+token_nll.defvjp(_token_nll_fwd, _token_nll_bwd, symbolic_zeros=True)

@@ -1,0 +1,293 @@
+"""Llama 1, 2 and 3 (Touvron et al. 2023; Dubey et al. 2024), and Mistral (Jiang et al. 2023).
+
+RMSNorm before each part, rotary positions, SwiGLU, grouped-query attention; Mistral adds a sliding
+window.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jax_lowrank.models.decoder import Decoder
+from jax_lowrank.models.layers import Array, Context, Embedding, Linear, RMSNorm, attend
+from jax_lowrank.models.weights import Row, UnsupportedModelError
+
+ROPE_KINDS = ("default", "linear", "llama3")
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """How rotary frequencies are stretched beyond the trained length (Dubey et al. 2024)."""
+
+    kind: str = "default"
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_positions: int = 8192
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    """Sizes of one Llama. The defaults are Llama-2 7B."""
+
+    vocab_size: int = 32000
+    num_layers: int = 32
+    width: int = 4096
+    num_heads: int = 32
+    num_kv_heads: int = 32
+    head_width: int = 128
+    mlp_width: int = 11008
+    max_positions: int = 4096
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling = RopeScaling()
+    norm_eps: float = 1e-5
+    tied: bool = False
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    window: int | None = None
+    model_type: str = "llama"
+
+    @classmethod
+    def llama2_7b(cls) -> LlamaConfig:
+        """Llama-2 7B."""
+        return cls()
+
+    @classmethod
+    def llama3_8b(cls) -> LlamaConfig:
+        """Llama-3 8B."""
+        return cls(
+            vocab_size=128256,
+            num_kv_heads=8,
+            mlp_width=14336,
+            max_positions=8192,
+            rope_theta=500000.0,
+        )
+
+    @classmethod
+    def llama32_1b(cls) -> LlamaConfig:
+        """Llama-3.2 1B."""
+        return cls(
+            vocab_size=128256,
+            num_layers=16,
+            width=2048,
+            num_kv_heads=8,
+            head_width=64,
+            mlp_width=8192,
+            max_positions=131072,
+            rope_theta=500000.0,
+            rope_scaling=RopeScaling("llama3", factor=32.0),
+            tied=True,
+        )
+
+    @classmethod
+    def mistral_7b(cls) -> LlamaConfig:
+        """Mistral 7B v0.1, with its sliding window."""
+        return cls(
+            num_kv_heads=8,
+            mlp_width=14336,
+            max_positions=32768,
+            window=4096,
+            model_type="mistral",
+        )
+
+    @classmethod
+    def from_hf(cls, config: Mapping) -> LlamaConfig:
+        """Read a Hugging Face config.json (either layout); what cannot be expressed is refused."""
+        if config.get("hidden_act", "silu") != "silu":
+            raise UnsupportedModelError(f"hidden_act {config['hidden_act']!r}; only 'silu'")
+        theta, scaling = _read_rope(config)
+        heads = config["num_attention_heads"]
+        mistral = config["model_type"] == "mistral"
+        return cls(
+            vocab_size=config["vocab_size"],
+            num_layers=config["num_hidden_layers"],
+            width=config["hidden_size"],
+            num_heads=heads,
+            num_kv_heads=config.get("num_key_value_heads") or heads,
+            head_width=config.get("head_dim") or config["hidden_size"] // heads,
+            mlp_width=config["intermediate_size"],
+            max_positions=config["max_position_embeddings"],
+            rope_theta=theta,
+            rope_scaling=scaling,
+            norm_eps=config.get("rms_norm_eps", 1e-6),
+            tied=config.get("tie_word_embeddings", False),
+            attention_bias=config.get("attention_bias", False),
+            mlp_bias=config.get("mlp_bias", False),
+            window=config.get("sliding_window") if mistral else None,
+            model_type=config["model_type"],
+        )
+
+    def to_hf(self) -> dict:
+        """The config.json that `from_hf` and transformers read back."""
+        rope = {"rope_type": self.rope_scaling.kind, "rope_theta": self.rope_theta}
+        if self.rope_scaling.kind != "default":
+            rope["factor"] = self.rope_scaling.factor
+        if self.rope_scaling.kind == "llama3":
+            rope["low_freq_factor"] = self.rope_scaling.low_freq_factor
+            rope["high_freq_factor"] = self.rope_scaling.high_freq_factor
+            rope["original_max_position_embeddings"] = self.rope_scaling.original_max_positions
+        out = {
+            "model_type": self.model_type,
+            "architectures": [f"{self.model_type.capitalize()}ForCausalLM"],
+            "vocab_size": self.vocab_size,
+            "num_hidden_layers": self.num_layers,
+            "hidden_size": self.width,
+            "num_attention_heads": self.num_heads,
+            "num_key_value_heads": self.num_kv_heads,
+            "head_dim": self.head_width,
+            "intermediate_size": self.mlp_width,
+            "max_position_embeddings": self.max_positions,
+            "rope_parameters": rope,
+            "rms_norm_eps": self.norm_eps,
+            "tie_word_embeddings": self.tied,
+            "hidden_act": "silu",
+        }
+        if self.model_type == "mistral":
+            return {**out, "sliding_window": self.window}
+        return {**out, "attention_bias": self.attention_bias, "mlp_bias": self.mlp_bias}
+
+
+def _read_rope(config: Mapping) -> tuple[float, RopeScaling]:
+    """theta and scaling from `rope_parameters` (transformers 5) or `rope_theta`/`rope_scaling`."""
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    theta = rope.get("rope_theta", config.get("rope_theta", 10000.0))
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ROPE_KINDS:
+        raise UnsupportedModelError(f"rope type {kind!r} is not supported; one of {ROPE_KINDS}")
+    fields = {
+        "factor": "factor",
+        "low_freq_factor": "low_freq_factor",
+        "high_freq_factor": "high_freq_factor",
+        "original_max_positions": "original_max_position_embeddings",
+    }
+    return theta, RopeScaling(kind, **{k: rope[v] for k, v in fields.items() if v in rope})
+
+
+def inverse_frequencies(config: LlamaConfig) -> Array:
+    """Rotation per position of each pair of head dimensions, (N/2,) float32."""
+    s, half = config.rope_scaling, config.head_width // 2
+    freq = config.rope_theta ** -(jnp.arange(half, dtype=jnp.float32) / half)
+    if s.kind == "linear":
+        return freq / s.factor
+    if s.kind == "llama3":
+        wavelength = 2 * math.pi / freq
+        ratio = s.original_max_positions / wavelength
+        smooth = (ratio - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor)
+        smooth = jnp.clip(smooth, 0, 1)
+        return (1 - smooth) * freq / s.factor + smooth * freq
+    return freq
+
+
+def rotate(x: Array, positions: Array, frequencies: Array) -> Array:
+    """Rotary embedding (Su et al. 2021) of x (B, S, H, N), pairs (i, i + N/2) as in Llama."""
+    angles = positions[:, :, None, None].astype(jnp.float32) * frequencies[None, None, None]
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return turned.astype(x.dtype)
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention with rotary positions."""
+
+    def __init__(self, keys, config: LlamaConfig, dtype):
+        c = config
+        kw = {"stack": (c.num_layers,), "bias": c.attention_bias, "dtype": dtype}
+        self.q = Linear(next(keys), c.width, c.num_heads * c.head_width, **kw)
+        self.k = Linear(next(keys), c.width, c.num_kv_heads * c.head_width, **kw)
+        self.v = Linear(next(keys), c.width, c.num_kv_heads * c.head_width, **kw)
+        self.out = Linear(next(keys), c.num_heads * c.head_width, c.width, **kw)
+        self.config = config
+
+    def __call__(self, x: Array, context: Context, kv, layer):
+        lead, width, key = x.shape[:2], self.config.head_width, context.key
+        frequencies = inverse_frequencies(self.config)
+        q = rotate(self.q(x, key).reshape(*lead, -1, width), context.positions, frequencies)
+        k = rotate(self.k(x, key).reshape(*lead, -1, width), context.positions, frequencies)
+        v = self.v(x, key).reshape(*lead, -1, width)
+        mixed, kv = attend(q, k, v, context, kv, layer)
+        return self.out(mixed.reshape(*lead, -1), key), kv
+
+
+class MLP(nnx.Module):
+    """down(silu(gate(x)) * up(x)) (Shazeer 2020)."""
+
+    def __init__(self, keys, config: LlamaConfig, dtype):
+        c = config
+        kw = {"stack": (c.num_layers,), "bias": c.mlp_bias, "dtype": dtype}
+        self.gate = Linear(next(keys), c.width, c.mlp_width, **kw)
+        self.up = Linear(next(keys), c.width, c.mlp_width, **kw)
+        self.down = Linear(next(keys), c.mlp_width, c.width, **kw)
+
+    def __call__(self, x: Array, key: Array | None) -> Array:
+        return self.down(jax.nn.silu(self.gate(x, key)) * self.up(x, key), key)
+
+
+class Block(nnx.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, keys, config: LlamaConfig, dtype):
+        norm = {"stack": (config.num_layers,), "eps": config.norm_eps, "dtype": dtype}
+        self.norm1 = RMSNorm(config.width, **norm)
+        self.attn = Attention(keys, config, dtype)
+        self.norm2 = RMSNorm(config.width, **norm)
+        self.mlp = MLP(keys, config, dtype)
+
+    def __call__(self, x: Array, context: Context, kv, layer):
+        mixed, kv = self.attn(self.norm1(x), context, kv, layer)
+        x = x + mixed
+        return x + self.mlp(self.norm2(x), context.key), kv
+
+
+def build(key: Array, config: LlamaConfig, dtype=jnp.float32) -> Decoder:
+    """A randomly initialised Llama with N(0, 0.02²) weights."""
+    c = config
+    if c.num_heads % c.num_kv_heads:
+        raise ValueError(f"num_heads {c.num_heads} is not a multiple of num_kv_heads {c.num_kv_heads}")
+    keys = iter(jax.random.split(key, 9))
+    return Decoder(
+        embed=Embedding(next(keys), c.vocab_size, c.width, dtype=dtype),
+        position=None,
+        blocks=Block(keys, c, dtype),
+        norm=RMSNorm(c.width, eps=c.norm_eps, dtype=dtype),
+        head=None if c.tied else Embedding(next(keys), c.vocab_size, c.width, dtype=dtype),
+        cache_shape=(c.num_layers, c.num_kv_heads, c.head_width),
+        window=c.window,
+    )
+
+
+def rows(config: LlamaConfig) -> list[Row]:
+    """Names of the tensors in a Hugging Face checkpoint, whose Linear weights are (out, in)."""
+    table = [Row("model.embed_tokens.weight", "embed.table"), Row("model.norm.weight", "norm.scale")]
+    if not config.tied:
+        table.append(Row("lm_head.weight", "head.table"))
+    layer = "model.layers.{l}."
+    table.append(Row(layer + "input_layernorm.weight", "blocks.norm1.scale"))
+    table.append(Row(layer + "post_attention_layernorm.weight", "blocks.norm2.scale"))
+    linears = [
+        ("self_attn.q_proj", "attn.q", config.attention_bias),
+        ("self_attn.k_proj", "attn.k", config.attention_bias),
+        ("self_attn.v_proj", "attn.v", config.attention_bias),
+        ("self_attn.o_proj", "attn.out", config.attention_bias),
+        ("mlp.gate_proj", "mlp.gate", config.mlp_bias),
+        ("mlp.up_proj", "mlp.up", config.mlp_bias),
+        ("mlp.down_proj", "mlp.down", config.mlp_bias),
+    ]
+    for theirs, ours, bias in linears:
+        table.append(Row(f"{layer}{theirs}.weight", f"blocks.{ours}.kernel", transpose=True))
+        if bias:
+            table.append(Row(f"{layer}{theirs}.bias", f"blocks.{ours}.bias"))
+    return table
+
+
+PRESETS = {
+    "all-linear": r"blocks\.(attn|mlp)\..*",
+    "attention": r"blocks\.attn\..*",
+    "qv": r"blocks\.attn\.(q|v)",
+}

@@ -1,0 +1,177 @@
+"""Hugging Face checkpoints in and out, by a table of names. Safetensors only, never a pickle.
+
+A `Row` ties one name pattern to one parameter path; `{l}` in it stands for the layer, and the layers
+of a pattern fill one stacked array. The same table reads and writes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+
+class UnsupportedModelError(ValueError):
+    """A checkpoint asks for something that the model code does not do."""
+
+
+class WeightsError(ValueError):
+    """A checkpoint does not hold the tensors that its configuration asks for."""
+
+
+class Row(NamedTuple):
+    """One name in the checkpoint, the parameter it fills, and whether it lies transposed."""
+
+    name: str
+    path: str
+    transpose: bool = False
+
+
+# Buffers that older checkpoints carry and nothing reads.
+IGNORED = (".attn.bias", ".attn.masked_bias", "rotary_emb.inv_freq")
+
+
+def resolve(path: str, revision: str = "main") -> Path:
+    """The local directory of a checkpoint: `path` itself, or a snapshot of that hub repository.
+
+    Raises FileNotFoundError with one sentence when it is neither.
+    """
+    local = Path(path).expanduser()
+    if local.is_dir():
+        return local
+    if local.is_absolute() or path.startswith(".") or path.count("/") != 1:
+        raise FileNotFoundError(f"no model directory at {path!r}; give a directory or a hub id")
+    from huggingface_hub import snapshot_download
+
+    try:
+        patterns = ["*.json", "*.safetensors", "*.model", "*.txt"]
+        return Path(snapshot_download(path, revision=revision, allow_patterns=patterns))
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise FileNotFoundError(
+            f"{path!r} is neither a local directory nor a hub repository that can be reached: {reason}"
+        ) from error
+
+
+def read_config(directory: Path) -> dict:
+    """config.json as a dict."""
+    path = directory / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{directory} has no config.json; a Hugging Face model has one")
+    return json.loads(path.read_text())
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """The safetensors files of a checkpoint: one, or those its index names."""
+    index = directory / "model.safetensors.index.json"
+    if index.is_file():
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        missing = [name for name in names if not (directory / name).is_file()]
+        if missing:
+            raise FileNotFoundError(f"{directory} lacks the shards {missing} that its index names")
+        return [directory / name for name in names]
+    single = directory / "model.safetensors"
+    if single.is_file():
+        return [single]
+    pickles = sorted(p.name for p in directory.glob("*.bin")) + sorted(
+        p.name for p in directory.glob("*.pt*")
+    )
+    if pickles:
+        raise UnsupportedModelError(
+            f"{directory} holds pickled weights ({pickles[0]}), which can run code when they are read;"
+            " convert them to model.safetensors first"
+        )
+    raise FileNotFoundError(f"{directory} has neither model.safetensors nor its index")
+
+
+def load(directory: Path, rows: Sequence[Row], abstract: Mapping, dtype) -> dict:
+    """Parameters, as a dict from path to array, read tensor by tensor in `dtype`.
+
+    Args:
+      directory: where the safetensors files are.
+      rows: the family's name table.
+      abstract: path -> object with a shape, for every parameter; stacked ones lead with L.
+      dtype: of the result. At most one parameter exists twice at any time.
+
+    Raises:
+      WeightsError: naming every missing, unexpected and mis-shaped tensor at once.
+    """
+    handles = [safe_open(file, framework="numpy") for file in weight_files(directory)]
+    where = {name: handle for handle in handles for name in handle.keys()}  # noqa: SIM118
+    where = _with_prefix(where, rows)
+    wanted = {name: (row, layer) for name, row, layer in expand(rows, abstract)}
+    problems = [f"missing: {name}" for name in wanted if name not in where]
+    problems += [
+        f"unexpected: {name}"
+        for name in where
+        if name not in wanted and not name.endswith(IGNORED) and name != "lm_head.weight"
+    ]
+    for name, (row, layer) in wanted.items():
+        if name in where:
+            found = tuple(where[name][0].get_slice(where[name][1]).get_shape())
+            needed = _shape_in_file(row, layer, abstract)
+            if found != needed:
+                problems.append(f"mis-shaped: {name} is {found}, the configuration needs {needed}")
+    if problems:
+        raise WeightsError(
+            f"{directory} does not fit its configuration ({len(problems)} tensors):\n  "
+            + "\n  ".join(problems)
+        )
+    return {row.path: _read(row, abstract[row.path].shape, where, dtype) for row in rows}
+
+
+def _with_prefix(where: Mapping, rows: Sequence[Row]) -> dict:
+    """name -> (file handle, name in the file). A base model is saved without the leading word."""
+    prefix = rows[0].name.split(".")[0] + "."
+    bare = not any(name.startswith(prefix) for name in where)
+    return {
+        (prefix + name if bare and not name.startswith("lm_head.") else name): (handle, name)
+        for name, handle in where.items()
+    }
+
+
+def expand(rows: Sequence[Row], abstract: Mapping) -> Iterator[tuple[str, Row, int | None]]:
+    """(name, row, layer) of every tensor; the layer is None for what is not stacked."""
+    for row in rows:
+        if "{l}" in row.name:
+            for layer in range(abstract[row.path].shape[0]):
+                yield row.name.format(l=layer), row, layer
+        else:
+            yield row.name, row, None
+
+
+def _shape_in_file(row: Row, layer: int | None, abstract: Mapping) -> tuple[int, ...]:
+    shape = tuple(abstract[row.path].shape)
+    shape = shape if layer is None else shape[1:]
+    return shape[::-1] if row.transpose else shape
+
+
+def _read(row: Row, shape: tuple[int, ...], where: Mapping, dtype) -> jax.Array:
+    def tensor(name):
+        handle, stored = where[name]
+        value = handle.get_tensor(stored)
+        return value.T if row.transpose else value
+
+    if "{l}" not in row.name:
+        return jax.numpy.array(tensor(row.name), dtype)
+    buffer = np.empty(shape, dtype)
+    for layer in range(shape[0]):
+        buffer[layer] = tensor(row.name.format(l=layer))
+    return jax.numpy.asarray(buffer)
+
+
+def save(directory: Path, params: Mapping, rows: Sequence[Row], config: dict) -> None:
+    """Write config.json and model.safetensors that transformers reads; the inverse of `load`."""
+    directory.mkdir(parents=True, exist_ok=True)
+    tensors = {}
+    for name, row, layer in expand(rows, params):
+        value = np.asarray(params[row.path] if layer is None else params[row.path][layer])
+        tensors[name] = np.ascontiguousarray(value.T if row.transpose else value)
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")

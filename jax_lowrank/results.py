@@ -1,0 +1,162 @@
+"""Results on disk: one directory a run, named by its fingerprint, complete or absent.
+
+    STUDY/study.json          the study's configuration, data, base model (`StudyResult.study`)
+    STUDY/prompts.json        the evaluation rows, the same for every run
+    STUDY/runs/FINGERPRINT/   record.json, log.jsonl; with outputs: outputs.npz, completions.json
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+
+class ResultsError(ValueError):
+    """A results directory cannot be used; the message says why and what to do."""
+
+
+class Rows(NamedTuple):
+    """The rows of one evaluation split."""
+
+    texts: tuple[str, ...]
+    ids: tuple[str, ...]
+    clusters: np.ndarray  # (N,) int32, rows of one template share a number
+    groups: np.ndarray  # (N, G) bool
+
+
+class RunResult(NamedTuple):
+    """One finished run. Arrays and completions are empty for runs that only chose a setting.
+
+    arrays: for split in tuned, transfer:
+      SPLIT/harm (P, K) float32 in [0, 1], NaN where scoring failed
+      SPLIT/lens_mass (P, L+1) float32, probability of the harm words after each layer; may be absent
+      SPLIT/posterior_rows (Q,) int32, SPLIT/log_posterior (Q, V) float32, nats
+    and neutral/nll (N,) float32 in nats, neutral/tokens (N,) int32.
+    completions: SPLIT -> P lists of K texts.
+    """
+
+    record: dict
+    arrays: dict[str, np.ndarray]
+    completions: dict[str, list[list[str]]]
+
+
+class StudyResult(NamedTuple):
+    """A study's description, its evaluation rows by split, and its finished runs."""
+
+    study: dict
+    rows: dict[str, Rows]
+    runs: list[RunResult]
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file so that a reader sees all of it or the old one."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial.write_text(text)
+    os.replace(partial, path)
+
+
+def open_study(directory: Path, study: Mapping[str, Any], rows: Mapping[str, Rows]) -> None:
+    """Make or reopen a study's directory.
+
+    Raises ResultsError when it belongs to another study or cannot be written.
+    """
+    try:
+        (directory / "runs").mkdir(parents=True, exist_ok=True)
+        existing = directory / "study.json"
+        if existing.is_file():
+            _check_same(json.loads(existing.read_text()), study, directory)
+        for leftover in (directory / "runs").glob(".partial-*"):
+            shutil.rmtree(leftover)
+        write_whole(existing, json.dumps(study, indent=1))
+        write_whole(directory / "prompts.json", json.dumps({k: _to_json(v) for k, v in rows.items()}))
+    except OSError as error:
+        raise ResultsError(f"cannot write results to {directory}: {error.strerror}") from error
+
+
+def _check_same(old: Mapping, new: Mapping, directory: Path) -> None:
+    if old["fingerprint"] != new["fingerprint"]:
+        raise ResultsError(
+            f"{directory} belongs to another study ({old['name']}, fingerprint {old['fingerprint']};"
+            f" this one is {new['name']}, {new['fingerprint']}); choose another --out"
+        )
+
+
+def _to_json(rows: Rows) -> dict:
+    return {
+        "texts": rows.texts,
+        "ids": rows.ids,
+        "clusters": rows.clusters.tolist(),
+        "groups": rows.groups.astype(int).tolist(),
+    }
+
+
+def write_run(
+    directory: Path,
+    record: Mapping[str, Any],
+    log: list[dict],
+    arrays: Mapping[str, np.ndarray] | None = None,
+    completions: Mapping[str, list[list[str]]] | None = None,
+    weights: Mapping[str, np.ndarray] | None = None,
+) -> Path:
+    """Write a run under STUDY/runs/FINGERPRINT, whole or not at all, and return that directory."""
+    final = directory / "runs" / record["fingerprint"]
+    partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=directory / "runs"))
+    (partial / "record.json").write_text(json.dumps(record, indent=1))
+    (partial / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
+    if arrays is not None:
+        np.savez_compressed(partial / "outputs.npz", **arrays)
+        (partial / "completions.json").write_text(json.dumps(completions))
+    if weights:
+        from safetensors.numpy import save_file
+
+        save_file(dict(weights), partial / "trainable.safetensors")
+    for file in partial.iterdir():
+        with file.open("rb") as handle:
+            os.fsync(handle.fileno())
+    if final.exists():
+        shutil.rmtree(final)
+    os.replace(partial, final)
+    return final
+
+
+def finished(directory: Path, fingerprint: str) -> dict | None:
+    """The record of a finished run, or None."""
+    path = directory / "runs" / fingerprint / "record.json"
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def read_run(directory: Path) -> RunResult:
+    """Read one run's directory."""
+    record = json.loads((directory / "record.json").read_text())
+    arrays, completions = {}, {}
+    if (directory / "outputs.npz").is_file():
+        with np.load(directory / "outputs.npz") as stored:
+            arrays = {name: stored[name] for name in stored.files}
+        completions = json.loads((directory / "completions.json").read_text())
+    return RunResult(record, arrays, completions)
+
+
+def read_study(directory: Path, fingerprints: list[str] | None = None) -> StudyResult:
+    """Read a study; all of its finished runs, or those named, in that order."""
+    if not (directory / "study.json").is_file():
+        raise ResultsError(f"{directory} holds no study (no study.json)")
+    study = json.loads((directory / "study.json").read_text())
+    rows = {
+        split: Rows(
+            tuple(raw["texts"]),
+            tuple(raw["ids"]),
+            np.array(raw["clusters"], np.int32),
+            np.array(raw["groups"], bool).reshape(len(raw["ids"]), len(study["group_names"])),
+        )
+        for split, raw in json.loads((directory / "prompts.json").read_text()).items()
+    }
+    found = sorted(path.parent.name for path in (directory / "runs").glob("[!.]*/record.json"))
+    names = found if fingerprints is None else fingerprints
+    return StudyResult(study, rows, [read_run(directory / "runs" / name) for name in names])
