@@ -215,7 +215,7 @@ def _counterfactual(
                 f"{name} {number} is not a multiple of the {len(PEOPLES)} tuned groups; use "
                 f"{nearest}"
             )
-    training = [number for number, template in enumerate(TEMPLATES) if True]
+    training = [number for number, template in enumerate(TEMPLATES) if not template.held_out]
     num_frames = [num_train // len(PEOPLES), num_validation // len(PEOPLES)]
     frames: dict[
         tuple[int, str, str, str, str], None
