@@ -98,6 +98,15 @@ def test_one_seed_says_that_it_covers_no_seeds():
     assert several.note.startswith("3 seeds: percentile limits are narrow")
 
 
+def test_degrees_of_freedom_by_hand():
+    """Unit variances of the mean 1/3 (3 seeds, df 2) and 5/12 (4 items, df 3): Satterthwaite."""
+    sums = np.array([[-1.0], [0.0], [1.0]]) + np.array([-1.5, -0.5, 0.5, 1.5])
+    wanted = (1 / 3 + 5 / 12) ** 2 / ((1 / 3) ** 2 / 2 + (5 / 12) ** 2 / 3)
+    found = comparisons._satterthwaite(sums, np.ones((3, 4)), 0.0)
+    assert found == pytest.approx(wanted)
+    assert comparisons._satterthwaite(sums[:1], np.ones((1, 4)), -1.0) == pytest.approx(3)
+
+
 def test_no_effect_and_no_variation():
     same = comparisons.paired_difference(np.ones((2, 9)), np.ones((2, 9)))
     assert same.estimate == 0 and same.p == 1

@@ -72,7 +72,7 @@ def kl(log_p: jax.Array, log_q: jax.Array) -> jax.Array:
     small = jnp.abs(gap) < 0.05
     near = jnp.where(small, gap, 0.0)
     series = p * near**2 * (0.5 - near / 6 + near**2 / 24)  # exp(-x) - 1 + x, to 2e-6 of itself
-    far = q - p + jnp.where(p > 0, p, 1.0) * jnp.where(small, 0.0, gap)
+    far = q - p + p * jnp.where(small, 0.0, gap)
     return jnp.sum(jnp.where(small & (p > 0), series, far), axis=-1)
 
 

@@ -15,23 +15,11 @@ from scipy.special import gammaln
 from jax_lowrank.evaluation import intervals
 
 # Latin letters that Unicode does not decompose, as Unidecode 1.4 spells them.
-LETTERS = str.maketrans(
-    {"ß": "ss", "æ": "ae", "Æ": "AE", "ø": "o", "Ø": "O", "đ": "d", "Đ": "D", "ð": "d", "Ð": "D"}
-    | {"þ": "th", "Þ": "Th", "ł": "l", "Ł": "L", "œ": "oe", "Œ": "OE", "ı": "i", "ħ": "h"}
-    | {
-        "Ħ": "H",
-        "ŋ": "ng",
-        "Ŋ": "NG",
-        "ŧ": "t",
-        "Ŧ": "T",
-        "ĸ": "k",
-        "ŀ": "l",
-        "Ŀ": "L",
-        "ŉ": "'n",
-        "’": "'",
-        "‘": "'",
-    }
+SPELLINGS = (
+    "ß=ss æ=ae Æ=AE œ=oe Œ=OE ø=o Ø=O đ=d Đ=D ð=d Ð=D þ=th Þ=Th ł=l Ł=L ŀ=l Ŀ=L ı=i ħ=h Ħ=H "
+    "ŋ=ng Ŋ=NG ŉ='n ŧ=t Ŧ=T ĸ=k ’=' ‘='"
 )
+LETTERS = str.maketrans(dict(pair.split("=") for pair in SPELLINGS.split()))
 PUNCTUATION = str.maketrans(dict.fromkeys(string.punctuation, " "))
 
 
