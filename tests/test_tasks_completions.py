@@ -124,6 +124,19 @@ def test_a_file_of_counterfactual_texts(files, tmp_path):
     assert groups[cd].tolist() == [False, True, False, False, False]
 
 
+def test_a_text_belongs_to_the_longest_prompt_it_begins_with(files, tmp_path):
+    rows = [
+        f"the {g} {p} [M]\t[I] {p} [M]\t{g}" for p in ("is a", "is a great") for g in ("Ab", "Cd")
+    ]
+    tuned = tmp_path / "nested.tsv"
+    tuned.write_text("\n".join(["template_masked\traw\tcategory", *rows]), encoding="utf-8")
+    path = tmp_path / "counter.csv"
+    path.write_text("text\nthe Ab is a great potter\nthe Cd is a great cook\n", encoding="utf-8")
+    changed = files | {"tuned": str(tuned), "train": str(path)}
+    task = completions.make(**changed, validation_fraction=0.5)
+    assert task.splits["tuned"].texts == ("the Ab is a", "the Cd is a")
+
+
 def test_texts_of_few_templates_are_all_kept(files, tmp_path):
     path = tmp_path / "counter.csv"
     path.write_text(

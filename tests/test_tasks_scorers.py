@@ -95,6 +95,8 @@ def plain(texts):
     return [float("!" in text) for text in texts]
 def two(texts):
     return [2.0 for _ in texts]
+def below(texts):
+    return [-0.1 for _ in texts]
 def nan(texts):
     return [float("nan") for _ in texts]
 def short(texts):
@@ -121,6 +123,7 @@ def test_callable(module):
     ("name", "message"),
     [
         ("two", r"gave 2\.0; scores must lie in \[0, 1\]"),
+        ("below", r"gave -0\.1"),
         ("nan", "gave nan; scores must lie"),
         ("short", r"gave shape \(1,\) for 2 texts, not \(2,\)"),
     ],
