@@ -103,6 +103,12 @@ def bert():
     return BertForMaskedLM(config)
 
 
+NOTES = {
+    "gpt2": "fused query/key/value projection; head tied to the embedding, no adapter on either",
+    "llama": "separate projections; head tied to the embedding, no adapter on either",
+    "bert": "masked-LM head (384 x 384 layer, gelu, LayerNorm, tied decoder), no adapters there; "
+    "loss on every token, the labels being the tokens themselves",
+}
 SHAPES = {"gpt2": gpt2, "llama": llama, "bert": bert}
 
 
@@ -221,6 +227,7 @@ def train(options):
         "parameters": total,
         "trainable_parameters": sum(value.numel() for value in trainable),
         "tied_embeddings": True,
+        "notes": NOTES[options.shape],
         "attention": model.config._attn_implementation,
         "optimizer": f"AdamW {options.optimizer}",
         "learning_rate": LEARNING_RATE,
