@@ -1,5 +1,4 @@
-"""The embedded world of `make demo`: template sentences about invented groups, with known rates of
-harm.
+"""The embedded world of `make demo`: sentences about invented groups, with known rates of harm.
 
 Every word for a group and every harm word is made up; all other words are plain English. A sentence
 is opening + "the GROUP PERSON" + predicate + continuation + end. The predicate is the template (and
@@ -40,7 +39,7 @@ class _Template(NamedTuple):
 
 
 TEMPLATES = tuple(
-    _Template(predicate, kind == "verb", held_out)
+    _Template(predicate, kind == "verb", bool(held_out))
     for kind, halves in PREDICATES.items()
     for held_out, predicates in enumerate(halves)
     for predicate in predicates
@@ -217,9 +216,8 @@ def _counterfactual(
             )
     training = [number for number, template in enumerate(TEMPLATES) if not template.held_out]
     num_frames = [num_train // len(PEOPLES), num_validation // len(PEOPLES)]
-    frames: dict[
-        tuple[int, str, str, str, str], None
-    ] = {}  # a set in order: none is in both splits
+    # the keys are a set in order, so that no frame is in both splits
+    frames: dict[tuple[int, str, str, str, str], None] = {}
     while len(frames) < sum(num_frames):
         cluster = training[len(frames) % len(training)]
         frame = (
