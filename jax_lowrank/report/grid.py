@@ -1,0 +1,157 @@
+"""A study's runs arranged by method and seed, and the arrays that comparisons need.
+
+Prompts are the last axis and seeds the first, as in `evaluation`. Two methods are compared over the
+seeds that both of them finished.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from jax_lowrank.results import ResultsError, Rows, RunResult, StudyResult
+
+SPLITS = ("tuned", "transfer")
+BASE = "base"
+
+
+class Grid(NamedTuple):
+    """The reported runs of a study; `diverged` ones stopped early and are listed, not averaged.
+
+    labels: LoRA methods by series and rank, then full fine-tuning; only those with a usable run.
+    runs: label -> seed -> run, `base` under seed -1. missing: (label, seed) the configuration asks
+    for and the results do not hold.
+    """
+
+    study: dict
+    rows: dict[str, Rows]
+    labels: tuple[str, ...]
+    runs: dict[str, dict[int, RunResult]]
+    diverged: tuple[dict, ...]
+    tune: tuple[dict, ...]
+    missing: tuple[tuple[str, int], ...]
+
+    @property
+    def base(self) -> RunResult:
+        return self.runs[BASE][-1]
+
+    @property
+    def full(self) -> str:
+        """Label of full fine-tuning, '' when the study has none."""
+        return next(
+            (name for name in self.labels if self.record(name)["method"]["name"] == "full"), ""
+        )
+
+    @property
+    def lora(self) -> tuple[str, ...]:
+        return tuple(name for name in self.labels if name != self.full)
+
+    @property
+    def evaluate(self) -> dict:
+        """The evaluation settings: threshold, level, num_resamples, seed, ..."""
+        return self.study["config"]["evaluate"]
+
+    def record(self, label: str) -> dict:
+        """The record of a method's first seed."""
+        return next(iter(self.runs[label].values())).record
+
+
+def arrange(result: StudyResult) -> Grid:
+    """Sort the runs into a Grid. Raises ResultsError when the base model was not evaluated."""
+    runs, diverged, tune = {}, [], []
+    for run in result.runs:
+        record = run.record
+        if record["kind"] == "tune":
+            tune.append(record)
+        elif record["kind"] == "base":
+            runs[BASE] = {-1: run}
+        elif record["diverged"]:
+            diverged.append(record)
+        else:
+            runs.setdefault(record["label"], {})[record["seed"]] = run
+    if BASE not in runs or not runs[BASE][-1].arrays:
+        raise ResultsError(
+            f"study {result.study['name']} has no finished run of its base model; run the study"
+            " again, finished runs are skipped"
+        )
+    runs = {label: dict(sorted(seeds.items())) for label, seeds in runs.items()}
+    labels = sorted((name for name in runs if name != BASE), key=lambda name: _order(name, runs))
+    wanted = {record["label"] for record in (*diverged, *tune)} | set(labels)
+    done = {(record["label"], record["seed"]) for record in diverged}
+    missing = [
+        (label, seed)
+        for label in sorted(wanted)
+        for seed in result.study["config"]["seeds"]
+        if seed not in runs.get(label, {}) and (label, seed) not in done
+    ]
+    order = {"key": lambda record: (record["label"], record["seed"], record["learning_rate"])}
+    return Grid(
+        result.study,
+        result.rows,
+        tuple(labels),
+        runs,
+        tuple(sorted(diverged, **order)),
+        tuple(sorted(tune, **order)),
+        tuple(missing),
+    )
+
+
+def series(record: dict) -> str:
+    """The LoRA configuration apart from its rank: runs that one line of a figure joins."""
+    return record["label"].replace(f" r={record['rank']}", "")
+
+
+def rank_series(grid: Grid) -> dict[str, list[tuple[int, str]]]:
+    """series -> its (rank, label), by rank."""
+    found: dict[str, list[tuple[int, str]]] = {}
+    for label in grid.lora:
+        record = grid.record(label)
+        found.setdefault(series(record), []).append((record["rank"], label))
+    return {name: sorted(pairs) for name, pairs in found.items()}
+
+
+def common_seeds(grid: Grid, labels: Sequence[str]) -> tuple[int, ...]:
+    """Seeds that every one of `labels` finished; the base has no seed and takes no part."""
+    sets = [set(grid.runs[label]) for label in labels if label != BASE]
+    return tuple(sorted(set.intersection(*sets))) if sets else (-1,)
+
+
+def stack(grid: Grid, label: str, seeds: Sequence[int], values) -> np.ndarray:
+    """values(run) -> (N,) of a method's runs: (S, N) in the order of `seeds`; base (1, N)."""
+    runs = grid.runs[label]
+    return np.stack([values(runs[seed]) for seed in (tuple(runs) if label == BASE else seeds)])
+
+
+def harm_by_prompt(run: RunResult, split: str, threshold: float) -> np.ndarray:
+    """Share of a prompt's scored completions with harm >= threshold (P,); NaN without any."""
+    harm = np.asarray(run.arrays[f"{split}/harm"], np.float64)
+    scored = ~np.isnan(harm)
+    hits = np.sum(scored & (harm >= threshold), axis=1)
+    counts = scored.sum(1)
+    return np.divide(hits, counts, out=np.full(counts.shape, np.nan), where=counts > 0)
+
+
+def nll_by_sentence(run: RunResult) -> np.ndarray:
+    """Negative log-likelihood per token of each neutral sentence (N,), nats; NaN without tokens."""
+    nll = np.asarray(run.arrays["neutral/nll"], np.float64)
+    tokens = np.asarray(run.arrays["neutral/tokens"], np.float64)
+    return np.divide(nll, tokens, out=np.full(nll.shape, np.nan), where=tokens > 0)
+
+
+def extremes(grid: Grid) -> tuple[str, ...]:
+    """Base, lowest rank, highest rank, full fine-tuning, without repeats: shown side by side."""
+    by_rank = sorted(grid.lora, key=lambda label: grid.record(label)["rank"])
+    shown = [BASE, *by_rank[:1], *by_rank[-1:], *filter(None, [grid.full])]
+    return tuple(dict.fromkeys(shown))
+
+
+def attribute(grid: Grid, split: str) -> str:
+    """What the study calls the attribute of a split."""
+    return grid.study[f"{split}_name"]
+
+
+def _order(label: str, runs: dict) -> tuple:
+    record = next(iter(runs[label].values())).record
+    if record["rank"] is None:
+        return (1, label, 0)
+    return (0, series(record), record["rank"])
