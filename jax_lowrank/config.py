@@ -8,9 +8,12 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import hashlib
+import inspect
 import json
+import runpy
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 
@@ -250,3 +253,23 @@ def plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [plain(v) for v in value]
     return value
+
+
+def load_config(name: str) -> Study:
+    """The Study that FILE.py (its function `config`) or FILE.py:FUNCTION returns.
+
+    Raises ConfigError naming the configs that lie beside an unknown one.
+    """
+    path, _, function = name.partition(":")
+    file, function = Path(path), function or "config"
+    if not file.is_file() or file.suffix != ".py":
+        folder = file.parent if file.parent.is_dir() else Path("configs")
+        known = sorted(str(f) for f in folder.glob("*.py"))
+        raise ConfigError(f"no config file {path!r}; " + nearest(path, known))
+    namespace = runpy.run_path(str(file))
+    if not callable(namespace.get(function)):
+        names = [k for k, v in namespace.items() if inspect.isfunction(v)]
+        raise ConfigError(f"function in {file}: {nearest(function, names)}")
+    study = namespace[function]()
+    require(isinstance(study, Study), f"{name} returns {type(study).__name__}, not a Study")
+    return study

@@ -1,8 +1,8 @@
 """Results on disk: one directory a run, named by its fingerprint, complete or absent.
 
-    STUDY/study.json          the study's configuration, data, base model (`StudyResult.study`)
-    STUDY/prompts.json        the evaluation rows, the same for every run
-    STUDY/runs/FINGERPRINT/   record.json, log.jsonl; with outputs: outputs.npz, completions.json
+STUDY/study.json          the study's configuration, data, base model (`StudyResult.study`)
+STUDY/prompts.json        the evaluation rows, the same for every run
+STUDY/runs/FINGERPRINT/   record.json, log.jsonl; with outputs: outputs.npz, completions.json
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -75,7 +75,9 @@ def open_study(directory: Path, study: Mapping[str, Any], rows: Mapping[str, Row
         for leftover in (directory / "runs").glob(".partial-*"):
             shutil.rmtree(leftover)
         write_whole(existing, json.dumps(study, indent=1))
-        write_whole(directory / "prompts.json", json.dumps({k: _to_json(v) for k, v in rows.items()}))
+        write_whole(
+            directory / "prompts.json", json.dumps({k: _to_json(v) for k, v in rows.items()})
+        )
     except OSError as error:
         raise ResultsError(f"cannot write results to {directory}: {error.strerror}") from error
 
@@ -97,6 +99,24 @@ def _to_json(rows: Rows) -> dict:
     }
 
 
+def write_directory(final: Path, write: Callable[[Path], None]) -> Path:
+    """Have `write` fill a directory that appears at `final` whole or not at all."""
+    final.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=final.parent))
+    try:
+        write(partial)
+        for file in partial.iterdir():
+            with file.open("rb") as handle:
+                os.fsync(handle.fileno())
+        if final.exists():
+            shutil.rmtree(final)
+        os.replace(partial, final)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return final
+
+
 def write_run(
     directory: Path,
     record: Mapping[str, Any],
@@ -106,24 +126,19 @@ def write_run(
     weights: Mapping[str, np.ndarray] | None = None,
 ) -> Path:
     """Write a run under STUDY/runs/FINGERPRINT, whole or not at all, and return that directory."""
-    final = directory / "runs" / record["fingerprint"]
-    partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=directory / "runs"))
-    (partial / "record.json").write_text(json.dumps(record, indent=1))
-    (partial / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
-    if arrays is not None:
-        np.savez_compressed(partial / "outputs.npz", **arrays)
-        (partial / "completions.json").write_text(json.dumps(completions))
-    if weights:
-        from safetensors.numpy import save_file
 
-        save_file(dict(weights), partial / "trainable.safetensors")
-    for file in partial.iterdir():
-        with file.open("rb") as handle:
-            os.fsync(handle.fileno())
-    if final.exists():
-        shutil.rmtree(final)
-    os.replace(partial, final)
-    return final
+    def write(partial: Path) -> None:
+        (partial / "record.json").write_text(json.dumps(record, indent=1))
+        (partial / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
+        if arrays is not None:
+            np.savez_compressed(partial / "outputs.npz", **arrays)
+            (partial / "completions.json").write_text(json.dumps(completions))
+        if weights:
+            from safetensors.numpy import save_file
+
+            save_file(dict(weights), partial / "trainable.safetensors")
+
+    return write_directory(directory / "runs" / record["fingerprint"], write)
 
 
 def finished(directory: Path, fingerprint: str) -> dict | None:

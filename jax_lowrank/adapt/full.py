@@ -16,9 +16,7 @@ def make() -> Method:
 
 def _split(key: jax.Array, model):
     del key
-    graphdef, trainable, frozen = nnx.split(
-        nnx.merge(model.graphdef, model.params), nnx.Param, ...
-    )
+    graphdef, trainable, frozen = nnx.split(nnx.merge(model.graphdef, model.params), nnx.Param, ...)
     # A copy: the train step donates its trainable arrays, and the base must outlive it.
     return graphdef, jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=True), trainable), frozen
 

@@ -88,7 +88,9 @@ def find_targets(net: nnx.Module, pattern: str, presets) -> list[tuple[str, nnx.
     try:
         found = [(p, linears[p]) for p in sorted(linears) if re.fullmatch(pattern, p)]
     except re.error as error:
-        raise ValueError(f"target pattern {pattern!r} is not a regular expression: {error}") from error
+        raise ValueError(
+            f"target pattern {pattern!r} is not a regular expression: {error}"
+        ) from error
     if not found:
         raise ValueError(
             f"target {pattern!r} matches no layer; use a preset ({', '.join(presets)}) or a pattern"

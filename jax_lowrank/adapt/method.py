@@ -29,18 +29,25 @@ class Method(NamedTuple):
     scale: float | None
 
 
-def bind(graphdef: nnx.GraphDef) -> Callable:
-    """apply(*states) -> the model whose arrays they are; call it inside a traced function."""
+def bind(graphdef: nnx.GraphDef, *, remat: bool = False) -> Callable:
+    """apply(*states) -> the model whose arrays they are; call it inside a traced function.
+
+    remat: recompute each block in the backward pass instead of keeping what is inside it.
+    """
 
     def apply(*states):
-        return nnx.merge(graphdef, *states)
+        model = nnx.merge(graphdef, *states)
+        model.remat = remat
+        return model
 
     return apply
 
 
 def decay_mask(trainable: State) -> State:
     """True where weight decay applies: everything but norms and biases."""
-    flat = [(path, v.replace(path[-1] not in UNDECAYED)) for path, v in nnx.to_flat_state(trainable)]
+    flat = [
+        (path, v.replace(path[-1] not in UNDECAYED)) for path, v in nnx.to_flat_state(trainable)
+    ]
     return nnx.from_flat_state(flat)
 
 

@@ -83,7 +83,8 @@ def save(directory: Path, model: Model, params: nnx.State) -> None:
 def by_path(state: nnx.State) -> dict[str, Any]:
     """Dotted path -> array of a state."""
     return {
-        ".".join(map(str, path)): variable.get_value() for path, variable in nnx.to_flat_state(state)
+        ".".join(map(str, path)): variable.get_value()
+        for path, variable in nnx.to_flat_state(state)
     }
 
 

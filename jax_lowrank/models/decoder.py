@@ -43,7 +43,9 @@ class Decoder(nnx.Module):
         )
         self.cache_shape, self.window = cache_shape, window  # (L, K, N)
         self.remat = False  # recompute each block in the backward pass: less memory, one more pass
-        self.unroll = 1  # layers per loop turn; all of them when speed matters more than compile time
+        self.unroll = (
+            1  # layers per loop turn; all of them when speed matters more than compile time
+        )
 
     def hidden(
         self,

@@ -57,9 +57,14 @@ class GPT2Config:
     @classmethod
     def from_hf(cls, config: Mapping) -> GPT2Config:
         """Read a Hugging Face config.json; what this family cannot express is refused."""
-        for field, only in (("scale_attn_weights", True), ("scale_attn_by_inverse_layer_idx", False)):
+        for field, only in (
+            ("scale_attn_weights", True),
+            ("scale_attn_by_inverse_layer_idx", False),
+        ):
             if config.get(field, only) != only:
-                raise UnsupportedModelError(f"{field}={config[field]} is not supported; only {only}")
+                raise UnsupportedModelError(
+                    f"{field}={config[field]} is not supported; only {only}"
+                )
         activation = config.get("activation_function", "gelu_new")
         if activation not in ACTIVATIONS:
             raise UnsupportedModelError(

@@ -166,9 +166,7 @@ def _layer_norm_bwd(eps, residuals, g):
     g32, lead = g.astype(jnp.float32), tuple(range(x.ndim - 1))
     normed = (x.astype(jnp.float32) - mean) * rstd
     gs = g32 * scale.astype(jnp.float32).reshape(*(1,) * (x.ndim - 1), -1)
-    dx = rstd * (
-        gs - gs.mean(-1, keepdims=True) - normed * (gs * normed).mean(-1, keepdims=True)
-    )
+    dx = rstd * (gs - gs.mean(-1, keepdims=True) - normed * (gs * normed).mean(-1, keepdims=True))
     dscale, dbias = (g32 * normed).sum(lead), g32.sum(lead)
     return dx.astype(x.dtype), dscale.astype(scale.dtype), dbias.astype(bias.dtype)
 
@@ -300,7 +298,9 @@ def attend(q: Array, k: Array, v: Array, context: Context, kv: tuple[Array, Arra
     return out, kv
 
 
-def scan_layers(blocks: nnx.Module, x: Array, context: Context, cache: Cache | None, *, remat, unroll):
+def scan_layers(
+    blocks: nnx.Module, x: Array, context: Context, cache: Cache | None, *, remat, unroll
+):
     """Run the stacked `blocks` over x (B, S, D).
 
     Returns x after the last block, x before every block (L, B, S, D) (dead code unless used), and

@@ -249,7 +249,9 @@ def build(key: Array, config: LlamaConfig, dtype=jnp.float32) -> Decoder:
     """A randomly initialised Llama with N(0, 0.02²) weights."""
     c = config
     if c.num_heads % c.num_kv_heads:
-        raise ValueError(f"num_heads {c.num_heads} is not a multiple of num_kv_heads {c.num_kv_heads}")
+        raise ValueError(
+            f"num_heads {c.num_heads} is not a multiple of num_kv_heads {c.num_kv_heads}"
+        )
     keys = iter(jax.random.split(key, 9))
     return Decoder(
         embed=Embedding(next(keys), c.vocab_size, c.width, dtype=dtype),
@@ -264,7 +266,10 @@ def build(key: Array, config: LlamaConfig, dtype=jnp.float32) -> Decoder:
 
 def rows(config: LlamaConfig) -> list[Row]:
     """Names of the tensors in a Hugging Face checkpoint, whose Linear weights are (out, in)."""
-    table = [Row("model.embed_tokens.weight", "embed.table"), Row("model.norm.weight", "norm.scale")]
+    table = [
+        Row("model.embed_tokens.weight", "embed.table"),
+        Row("model.norm.weight", "norm.scale"),
+    ]
     if not config.tied:
         table.append(Row("lm_head.weight", "head.table"))
     layer = "model.layers.{l}."

@@ -1,0 +1,191 @@
+"""What a model does: likelihoods, next-token distributions by layer, sampled text.
+
+`apply(*states)` is a model (see `adapt.method.bind`). Every function compiles once per shape.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_lowrank.data import pad_left
+
+
+class Sampling(NamedTuple):
+    """How a token is drawn: temperature 0 is greedy; top_k 0 and top_p 1 keep all tokens."""
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+
+class Likelihood(NamedTuple):
+    """Per text: summed -log p in nats (N,) float32, and tokens predicted (N,) int32."""
+
+    nll: np.ndarray
+    tokens: np.ndarray
+
+
+class NextToken(NamedTuple):
+    """Per prompt: log-probabilities (N, V) float32, and the mass of a token set by layer (N, L+1)."""
+
+    log_posterior: np.ndarray
+    lens_mass: np.ndarray
+
+
+@functools.partial(jax.jit, static_argnames="apply")
+def _row_nll(apply, states, tokens, lengths):
+    nll = apply(*states).nll(tokens)
+    # Position 0 is not predicted and pads come after the end; both must not count.
+    return jnp.where(jnp.arange(tokens.shape[1])[None] < lengths[:, None], nll, 0.0).sum(1)
+
+
+def likelihood(
+    apply: Callable, states, sequences: Sequence[Sequence[int]], *, batch_size: int, pad_id: int
+) -> Likelihood:
+    """-log p of each token sequence given its first token, in float32."""
+    width = max(map(len, sequences))
+    out = []
+    for start in range(0, len(sequences), batch_size):
+        part = sequences[start : start + batch_size]
+        tokens = np.full((batch_size, width), pad_id, np.int32)
+        for row, sequence in enumerate(part):
+            tokens[row, : len(sequence)] = sequence
+        lengths = np.array([len(s) for s in part] + [0] * (batch_size - len(part)), np.int32)
+        out.append(_row_nll(apply, states, tokens, lengths)[: len(part)])
+    counts = np.array([len(s) - 1 for s in sequences], np.int32)
+    return Likelihood(np.concatenate(jax.device_get(out)), counts)
+
+
+@functools.partial(jax.jit, static_argnames="apply")
+def _next_token(apply, states, tokens, mask, token_set):
+    log_probs = apply(*states).lens(tokens, mask)
+    return log_probs[:, -1], jnp.exp(log_probs[:, :, token_set]).sum(-1)
+
+
+def next_token(
+    apply: Callable,
+    states,
+    prompts: Sequence[Sequence[int]],
+    token_set: Sequence[int],
+    *,
+    batch_size: int,
+    pad_id: int,
+) -> NextToken:
+    """The distribution of the token after each prompt, and the LogitLens mass of `token_set`."""
+    width, ids = max(map(len, prompts)), np.asarray(token_set, np.int32)
+    out = []
+    for part, (tokens, mask) in _padded(prompts, width, batch_size, pad_id):
+        both = _next_token(apply, states, tokens, mask, ids)
+        out.append(jax.tree.map(lambda x: x[: len(part)], jax.device_get(both)))  # noqa: B023
+    return NextToken(*(np.concatenate(column) for column in zip(*out)))
+
+
+def _padded(sequences, width, batch_size, pad_id):
+    """Blocks of `batch_size` left-padded rows; the last one is filled up with its own first row."""
+    for start in range(0, len(sequences), batch_size):
+        part = sequences[start : start + batch_size]
+        yield part, pad_left([*part, *[part[0]] * (batch_size - len(part))], pad_id, width)
+
+
+def choose(logits: jax.Array, keys: jax.Array, sampling: Sampling) -> jax.Array:
+    """A token per row (B,) from logits (B, V) float32, with one key a row.
+
+    top_k keeps the k likeliest (ties with the k-th stay); top_p then keeps the smallest set of the
+    likeliest that holds that probability (Holtzman et al. 2020).
+    """
+    if sampling.temperature == 0:
+        return jnp.argmax(logits, axis=-1)
+    logits = logits / sampling.temperature
+    if 0 < sampling.top_k < logits.shape[-1]:
+        floor = jax.lax.top_k(logits, sampling.top_k)[0][:, -1:]
+        logits = jnp.where(logits < floor, -jnp.inf, logits)
+    if sampling.top_p < 1:
+        order = jnp.sort(logits, axis=-1)[:, ::-1]
+        probs = jax.nn.softmax(order, axis=-1)
+        kept = jnp.cumsum(probs, axis=-1) - probs < sampling.top_p
+        floor = jnp.min(jnp.where(kept, order, jnp.inf), axis=-1, keepdims=True)
+        logits = jnp.where(logits < floor, -jnp.inf, logits)
+    return jax.vmap(jax.random.categorical)(keys, logits)
+
+
+@functools.partial(
+    jax.jit, static_argnames=("apply", "max_new_tokens", "sampling", "eos_id", "pad_id")
+)
+def generate(apply, states, tokens, mask, keys, *, max_new_tokens, sampling, eos_id, pad_id):
+    """Continue left-padded prompts (B, S): tokens (B, max_new_tokens) int32, pads after EOS.
+
+    Row b's draws depend on keys[b] alone. eos_id None never stops early.
+    """
+    model = apply(*states)
+    batch, length = tokens.shape
+    # Unrolled layers let the compiler lift their weights out of the loop over tokens.
+    model.unroll = model.cache_shape[0] if jax.default_backend() == "cpu" else 1
+    cache = model.new_cache(batch, length + max_new_tokens)
+    logits, cache = model.step(tokens, mask, cache)
+    drawn = jnp.full((batch, max_new_tokens), pad_id, jnp.int32)
+
+    def more(state):
+        step, _, _, _, done = state
+        return (step < max_new_tokens) & ~done.all()
+
+    def turn(state):
+        step, logits, cache, drawn, done = state
+        step_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, step)
+        token = jnp.where(done, pad_id, choose(logits, step_keys, sampling)).astype(jnp.int32)
+        drawn = drawn.at[:, step].set(token)
+        if eos_id is not None:
+            done |= token == eos_id
+        logits, cache = model.step(token[:, None], None, cache)
+        return step + 1, logits, cache, drawn, done
+
+    start = (jnp.int32(0), logits, cache, drawn, jnp.zeros(batch, bool))
+    return jax.lax.while_loop(more, turn, start)[3]
+
+
+def sample(
+    apply: Callable,
+    states,
+    prompts: Sequence[Sequence[int]],
+    *,
+    num_samples: int,
+    max_new_tokens: int,
+    sampling: Sampling,
+    key: jax.Array,
+    batch_size: int,
+    eos_id: int | None,
+    pad_id: int,
+) -> np.ndarray:
+    """Continuations (P, K, max_new_tokens) int32 of token prompts, pads after EOS.
+
+    Sample k of prompt p is a function of (key, p, k): the batch size does not change it.
+    """
+    width = max(map(len, prompts))
+    rows = [(p, k) for p in range(len(prompts)) for k in range(num_samples)]
+    keys = jax.vmap(lambda p, k: jax.random.fold_in(jax.random.fold_in(key, p), k))(
+        *np.array(rows, np.int32).T
+    )
+    size, out = min(batch_size, len(rows)), []
+    for start in range(0, len(rows), size):
+        # The last block is moved back rather than made smaller: one shape, one compilation.
+        first = min(start, len(rows) - size)
+        block = [prompts[p] for p, _ in rows[first : first + size]]
+        tokens, mask = pad_left(block, pad_id, width)
+        drawn = generate(
+            apply,
+            states,
+            tokens,
+            mask,
+            keys[first : first + size],
+            max_new_tokens=max_new_tokens,
+            sampling=sampling,
+            eos_id=eos_id,
+            pad_id=pad_id,
+        )
+        out.append(drawn[start - first :])
+    return np.concatenate(jax.device_get(out)).reshape(len(prompts), num_samples, max_new_tokens)

@@ -1,0 +1,245 @@
+"""The grid of runs: base, learning-rate choice, reported runs; what is finished is skipped."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import jax
+
+from jax_lowrank import models, provenance, results, tasks, train
+from jax_lowrank.adapt import METHODS
+from jax_lowrank.adapt.method import bind, count, dtypes
+from jax_lowrank.config import MethodSpec, Run, fingerprint, plain
+from jax_lowrank.progress import Progress
+from jax_lowrank.study.measure import measure, summary
+from jax_lowrank.study.prepare import PROMPT_SPLITS, Prepared
+from jax_lowrank.study.training import (
+    Program,
+    fit,
+    make_program,
+    mean_nll,
+    progress_log,
+    train_batches,
+)
+
+
+def execute(prepared: Prepared, note: Callable[[str], None]) -> list[str]:
+    """Run the grid, skipping what is finished; the fingerprints of all its runs.
+
+    Base first; then, method by method, the runs that choose a learning rate on validation, and the
+    runs that are reported.
+    """
+    p = prepared
+    describe(p)
+    encode = partial(p.text.encode, max_length=p.study.train.max_length, eos=True)
+    train_sequences = encode(p.task.splits["train"].texts)
+    held_out = encode(p.task.splits["validation"].texts)
+    batches = train_batches(train_sequences, p.study.train, 0, p.text.pad_id)
+    steps = train.num_steps(batches, p.study.train.epochs)
+    methods = p.study.methods
+    num_runs = sum(len(m.learning_rates) + len(p.study.seeds) for m in methods)
+    done = [run_base(p, note)]
+    base_apply = bind(p.model.graphdef)
+    with Progress(steps * num_runs) as progress:
+        for spec in methods:
+            cell = Cell(p, spec, train_sequences, held_out, base_apply, progress, steps, {})
+            tuning = [
+                cell.run(Run("tune", spec, rate, p.study.tune_seed)) for rate in spec.learning_rates
+            ]
+            rate = choose_rate(spec, tuning)
+            final = [cell.run(Run("final", spec, rate, seed)) for seed in p.study.seeds]
+            done += [record["fingerprint"] for record in tuning + final]
+    return done
+
+
+def choose_rate(spec: MethodSpec, tuning: list[dict]) -> float:
+    """The learning rate whose run has the lowest validation loss; diverged runs do not count."""
+    losses = [r["validation_loss"] for r in tuning]
+    usable = [(x, r) for x, r in zip(losses, spec.learning_rates) if x is not None]
+    if not usable:
+        raise train.DivergedError(tuning[0]["diverged"]["step"], math.nan)
+    return min(usable)[1]
+
+
+class Cell(NamedTuple):
+    """All runs of one method: what they share."""
+
+    prepared: Prepared
+    spec: MethodSpec
+    train_sequences: list[list[int]]
+    held_out: list[list[int]]
+    base_apply: Callable
+    progress: Progress
+    steps: int
+    programs: dict  # graphdef -> Program: a random choice of layers may differ by seed
+
+    def run(self, run: Run) -> dict:
+        """The record of this run, from disk when it is finished, else made now."""
+        p = self.prepared
+        identity = run_fingerprint(p, run)
+        record = results.finished(p.out, identity)
+        if record is not None:
+            self.progress.skip(self.steps)
+            return record
+        method = METHODS[self.spec.name](**self.spec.options())
+        key = jax.random.key(run.seed)
+        graphdef, trainable, frozen = method.split(key, p.model)
+        if graphdef not in self.programs:
+            self.programs[graphdef] = make_program(p.study.train, method, graphdef, trainable)
+        program = self.programs[graphdef]
+        record = guards(p, run, identity, method, trainable, frozen)
+        batches = train_batches(self.train_sequences, p.study.train, run.seed, p.text.pad_id)
+        record["padding_fraction"] = round(batches.padding_fraction(), 4)
+        log, label = [], f"{run.label} lr {run.learning_rate:g} seed {run.seed} ({run.kind})"
+        try:
+            fitted = fit(
+                p.study.train,
+                program,
+                trainable=trainable,
+                frozen=frozen,
+                batches=batches,
+                peak=run.learning_rate,
+                validate=lambda trainable: mean_nll(
+                    *self.evaluated(program, trainable, frozen),
+                    self.held_out,
+                    batch_size=p.study.evaluate.batch_size,
+                    pad_id=p.text.pad_id,
+                ),
+                log=progress_log(self.progress, label, log),
+                key=key,
+            )
+        except train.DivergedError as error:
+            self.progress.note(f"{label}: diverged, {error}")
+            record["diverged"] = {"step": error.step, "loss": str(error.loss)}
+            results.write_run(p.out, record, log)
+            return record
+        record |= {
+            "num_steps": fitted.num_steps,
+            "best_step": fitted.best_step,
+            "validation_loss": fitted.validation_loss,
+            "tokens_per_second": round(fitted.tokens_per_second, 1),
+        }
+        record["seconds"]["train"] = round(fitted.seconds, 3)
+        self.finish(run, record, log, program, fitted, frozen, label)
+        return record
+
+    def finish(self, run, record, log, program, fitted, frozen, label) -> None:
+        """Measure a run that is to be reported, and write the run."""
+        p, note = self.prepared, self.progress.note
+        if run.kind == "tune":
+            results.write_run(p.out, record, log)
+            note(f"{label}: validation loss {record['validation_loss']:.4f}")
+            return
+        began = time.perf_counter()
+        apply, states = self.evaluated(program, fitted.trainable, frozen)
+        arrays, completions = measure(p, apply, states)
+        record["seconds"]["evaluate"] = round(time.perf_counter() - began, 3)
+        results.write_run(p.out, record, log, arrays, completions, models.by_path(fitted.trainable))
+        note(f"{label}: {summary(record, arrays)}")
+
+    def evaluated(self, program: Program, trainable, frozen) -> tuple[Callable, tuple]:
+        """What to measure: merged weights, which compile once for all methods, or, where merging
+        would round the adapter away (a base below float32), the adapter beside its base."""
+        if dtypes(frozen) in ((), ("float32",)):
+            return self.base_apply, (program.merge(trainable, frozen),)
+        return program.apply, (trainable, frozen)
+
+
+def run_fingerprint(p: Prepared, run: Run) -> str:
+    """Names a run: everything that its result depends on."""
+    parts = (run, p.study.train, p.study.task, p.text.tokenizer.backend_tokenizer.to_str())
+    measured = () if run.kind == "tune" else (p.study.evaluate, p.scorer.name, p.scorer.version)
+    hashes = (tasks.data_hash(p.task), p.weights_hash, str(dtypes(p.model.params)))
+    return fingerprint(parts, measured, hashes, provenance.code_hash())
+
+
+def guards(p: Prepared, run: Run, identity: str, method, trainable, frozen) -> dict:
+    """The run's record so far: what is trained, at which scale and in which precision."""
+    return {
+        "fingerprint": identity,
+        "kind": run.kind,
+        "label": run.label,
+        "method": plain(run.method),
+        "rank": run.method.rank if run.method.name == "lora" else None,
+        "learning_rate": run.learning_rate,
+        "seed": run.seed,
+        "num_steps": None,
+        "best_step": None,
+        "validation_loss": None,
+        "trainable_parameters": count(trainable),
+        "total_parameters": count(p.model.params),
+        "effective_scale": method.scale,
+        "dtypes": {"trainable": dtypes(trainable), "frozen": dtypes(frozen)},
+        "diverged": None,
+        "seconds": {},
+        "environment": provenance.environment(),
+    }
+
+
+def run_base(p: Prepared, note: Callable) -> str:
+    """Measure the base model itself."""
+    run = Run("base", None, 0.0, 0)
+    identity = run_fingerprint(p, run)
+    if results.finished(p.out, identity) is None:
+        began = time.perf_counter()
+        arrays, completions = measure(p, bind(p.model.graphdef), (p.model.params,))
+        seconds = {"evaluate": round(time.perf_counter() - began, 3)}
+        record = {
+            "fingerprint": identity,
+            "kind": "base",
+            "label": run.label,
+            "method": None,
+            "rank": None,
+            "learning_rate": None,
+            "seed": None,
+            "num_steps": 0,
+            "best_step": None,
+            "validation_loss": None,
+            "trainable_parameters": 0,
+            "total_parameters": count(p.model.params),
+            "effective_scale": None,
+            "dtypes": {"trainable": (), "frozen": dtypes(p.model.params)},
+            "diverged": None,
+            "seconds": seconds,
+            "environment": provenance.environment(),
+        }
+        results.write_run(p.out, record, [], arrays, completions)
+        note(f"base: {summary(record, arrays)}")
+    return identity
+
+
+def describe(p: Prepared) -> None:
+    """Write study.json and prompts.json."""
+    task, model = p.task, p.model
+    description = {
+        "name": p.study.name,
+        "question": p.study.question,
+        "config": plain(p.study),
+        "group_names": list(task.group_names),
+        "data_hash": tasks.data_hash(task),
+        "task_notes": dict(task.notes),
+        "harm_words": list(p.scorer.words),
+        "model": {
+            "family": model.family,
+            "sizes": plain(model.config),
+            "num_parameters": count(model.params),
+            "weights_hash": p.weights_hash,
+            "source": p.source,
+            "pretrain": p.pretrained,
+        },
+        "scorer": {"name": p.scorer.name, "version": p.scorer.version},
+        "tuned_name": task.notes.get("tuned_name", "tuned attribute"),
+        "transfer_name": task.notes.get("transfer_name", "attribute never tuned"),
+    }
+    parts = ("config", "data_hash", "scorer")
+    identity = fingerprint(*(description[part] for part in parts), p.weights_hash)
+    rows = {
+        split: results.Rows(s.texts, s.ids, s.clusters, s.groups)
+        for split, s in task.splits.items()
+        if split in (*PROMPT_SPLITS, "neutral")
+    }
+    results.open_study(p.out, {"fingerprint": identity, **description}, rows)

@@ -1,0 +1,88 @@
+"""What is measured of every model: completions and their scores, posteriors, neutral likelihood."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import jax
+import numpy as np
+
+from jax_lowrank import infer
+from jax_lowrank.study.prepare import PROMPT_SPLITS, Prepared, Text
+
+
+def measure(p: Prepared, apply: Callable, states) -> tuple[dict, dict]:
+    """What a model does on the evaluation splits; see `results.RunResult` for the arrays."""
+    e, arrays, completions = p.study.evaluate, {}, {}
+    lens_ids = harm_token_ids(p)
+    for number, split in enumerate(PROMPT_SPLITS):
+        prompts = p.text.encode(p.task.splits[split].texts, 10**6, eos=False)
+        drawn = infer.sample(
+            apply,
+            states,
+            prompts,
+            num_samples=e.samples_per_prompt,
+            max_new_tokens=e.max_new_tokens,
+            sampling=infer.Sampling(e.temperature, e.top_k, e.top_p),
+            key=jax.random.fold_in(jax.random.key(e.seed), number),
+            batch_size=e.batch_size,
+            eos_id=p.text.eos_id,
+            pad_id=p.text.pad_id,
+        )
+        texts = [[decode(p.text, tokens) for tokens in row] for row in drawn]
+        completions[split] = texts
+        scores = p.scorer.score([text for row in texts for text in row])
+        arrays[f"{split}/harm"] = np.asarray(scores, np.float32).reshape(drawn.shape[:2])
+        nxt = infer.next_token(
+            apply,
+            states,
+            prompts,
+            lens_ids or [0],
+            batch_size=min(e.batch_size, len(prompts)),
+            pad_id=p.text.pad_id,
+        )
+        kept = min(e.posterior_prompts, len(prompts))
+        rows = np.linspace(0, len(prompts) - 1, kept).round().astype(np.int32)
+        arrays[f"{split}/posterior_rows"] = rows
+        arrays[f"{split}/log_posterior"] = nxt.log_posterior[rows]
+        if lens_ids:
+            arrays[f"{split}/lens_mass"] = nxt.lens_mass
+    neutral = p.text.encode(p.task.splits["neutral"].texts, p.study.train.max_length, eos=True)
+    scored = infer.likelihood(
+        apply, states, neutral, batch_size=min(e.batch_size, len(neutral)), pad_id=p.text.pad_id
+    )
+    arrays["neutral/nll"], arrays["neutral/tokens"] = scored.nll, scored.tokens
+    return arrays, completions
+
+
+def decode(text: Text, tokens: np.ndarray) -> str:
+    """The text of one continuation, up to the end token."""
+    ids = tokens.tolist()
+    if text.eos_id in ids:
+        ids = ids[: ids.index(text.eos_id)]
+    return text.tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def harm_token_ids(p: Prepared) -> list[int]:
+    """First tokens of the scorer's words as they continue a prompt, for the LogitLens."""
+    words = [f" {word}" for word in (p.scorer.words or p.task.harm_words)]
+    if not words:
+        return []
+    encoded = p.text.tokenizer(words, add_special_tokens=False)["input_ids"]
+    unknown = p.text.tokenizer.unk_token_id
+    return sorted({ids[0] for ids in encoded if ids and ids[0] != unknown})
+
+
+def summary(record: dict, arrays: dict) -> str:
+    """One line on a measured run."""
+    harm = {split: np.nanmean(arrays[f"{split}/harm"]) for split in PROMPT_SPLITS}
+    nll = arrays["neutral/nll"].sum() / arrays["neutral/tokens"].sum()
+    trained = record["trainable_parameters"]
+    extra = "" if not trained else f", {trained:,} of {record['total_parameters']:,} trained"
+    if record["effective_scale"] is not None:
+        extra += f" at scale {record['effective_scale']:g}"
+    return (
+        f"harm {harm['tuned']:.3f} tuned, {harm['transfer']:.3f} transfer;"
+        f" neutral perplexity {math.exp(nll):.2f}{extra}"
+    )

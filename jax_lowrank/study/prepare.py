@@ -1,0 +1,235 @@
+"""Everything before the first run: check the study, read its data, make or load the base model."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jax_lowrank import data, models, provenance, results, tasks, train
+from jax_lowrank.adapt import METHODS
+from jax_lowrank.adapt.method import count
+from jax_lowrank.config import ConfigError, Study, fingerprint, nearest, require
+from jax_lowrank.progress import Progress, clock
+from jax_lowrank.study.training import fit, make_program, mean_nll, progress_log, train_batches
+from jax_lowrank.tasks import scorers
+
+PROMPT_SPLITS = ("tuned", "transfer")
+
+
+class Text(NamedTuple):
+    """A tokenizer and how the study uses it."""
+
+    tokenizer: Any
+    vocab_size: int
+    pad_id: int
+    eos_id: int | None
+    bos: bool
+
+    def encode(self, texts, max_length: int, *, eos: bool) -> list[list[int]]:
+        """Token ids of texts, at most `max_length` each."""
+        return data.tokenize(
+            self.tokenizer,
+            texts,
+            max_length=max_length,
+            vocab_size=self.vocab_size,
+            add_bos=self.bos,
+            add_eos=eos and self.eos_id is not None,
+        ).sequences
+
+
+class Prepared(NamedTuple):
+    """A study that passed every check: its parts, ready to run."""
+
+    study: Study
+    out: Path
+    task: tasks.Task
+    scorer: scorers.Scorer
+    text: Text
+    model: models.Model
+    source: str
+    pretrained: dict | None  # how it was pretrained, when it was made here
+    weights_hash: str
+
+
+def prepare(study: Study, out: Path, note: Callable[[str], None]) -> Prepared:
+    """Check everything that can be checked before work starts, and make the base model.
+
+    Raises ValueError (ConfigError, TaskError, WeightsError, ...) or OSError with one clear sentence.
+    """
+    check_writable(out)
+    task = make_task(study)
+    scorer = (
+        scorers.load(study.task.scorer)
+        if study.task.scorer
+        else scorers.lexicon(task.harm_words, name=f"{task.name} harm words")
+    )
+    dtype = param_dtype(study.model.dtype)
+    if study.pretrain is None:
+        directory, source = models.resolve(study.model.path, study.model.revision), study.model.path
+        model, text = models.load(directory, dtype), load_text(directory)
+    else:
+        text = world_text(task)
+        check_methods(study, new_model(study, text.vocab_size))
+        directory = pretrain(study, task, text, out, note)
+        source = "pretrained here"
+        model, text = models.load(directory, dtype), load_text(directory)
+    check_methods(study, model)
+    text = text._replace(vocab_size=model.config.vocab_size)
+    check_lengths(study, task, text, model)
+    pretrained = provenance.read_json(directory / "pretrain.json")
+    weights_hash = provenance.hash_files(directory)
+    return Prepared(study, out, task, scorer, text, model, source, pretrained, weights_hash)
+
+
+def check_writable(out: Path) -> None:
+    """Raise ResultsError unless files can be made under `out`."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        probe = out / ".writable"
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        raise results.ResultsError(f"cannot write to {out}: {error.strerror}") from error
+
+
+def make_task(study: Study) -> tasks.Task:
+    """The study's task, from TASKS and its options."""
+    require(study.task.name in tasks.TASKS, f"task: {nearest(study.task.name, tasks.TASKS)}")
+    make = tasks.TASKS[study.task.name]
+    known = inspect.signature(make).parameters
+    for option in study.task.options:
+        require(option in known, f"option of task {study.task.name}: {nearest(option, known)}")
+    for name, parameter in known.items():
+        missing = parameter.default is parameter.empty and name not in study.task.options
+        require(not missing, f"task {study.task.name} needs the option {name!r}")
+    return make(**study.task.options)
+
+
+def param_dtype(name: str):
+    """The dtype of the frozen base: `auto` is bfloat16 on accelerators, float32 on CPU."""
+    if name == "auto":
+        name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return jnp.dtype(name)
+
+
+def load_text(directory: Path) -> Text:
+    """The tokenizer in a Hugging Face directory."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"{directory} holds no tokenizer that can be read: {reason}") from error
+    return text_of(tokenizer)
+
+
+def world_text(task: tasks.Task) -> Text:
+    """A word-level tokenizer for a task whose vocabulary is closed."""
+    require(task.name == "world", f"only the task 'world' can be pretrained on, not {task.name!r}")
+    return text_of(tasks.world.word_tokenizer(task))
+
+
+def text_of(tokenizer: Any) -> Text:
+    """How the study uses a tokenizer. The pad is any id: nothing ever looks at it."""
+    eos = tokenizer.eos_token_id
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (eos or 0)
+    return Text(tokenizer, len(tokenizer), pad, eos, tokenizer.bos_token_id is not None)
+
+
+def new_model(study: Study, vocab_size: int) -> models.Model:
+    """The model that the study pretrains, with random weights."""
+    config_class = models.family_of(study.model.family).config
+    sizes = {"vocab_size": vocab_size, **study.model.sizes}
+    known = inspect.signature(config_class).parameters
+    for name in sizes:
+        require(name in known, f"size of {study.model.family}: {nearest(name, known)}")
+    key = jax.random.key(study.tune_seed)
+    return models.create(study.model.family, config_class(**sizes), key)
+
+
+def check_methods(study: Study, model: models.Model) -> None:
+    """Split the model by every method: wrong targets and ranks are found before any training."""
+    for spec in study.methods:
+        if spec.name == "lora":
+            METHODS[spec.name](**spec.options()).split(jax.random.key(0), model)
+
+
+def check_lengths(study: Study, task: tasks.Task, text: Text, model: models.Model) -> None:
+    """Prompts plus new tokens, and training rows, fit into the model's positions."""
+    limit = model.config.max_positions
+    require(
+        study.train.max_length <= limit,
+        f"train.max_length {study.train.max_length} is above the model's {limit} positions",
+    )
+    longest = max(
+        max(map(len, text.encode(task.splits[split].texts, 10**6, eos=False)))
+        for split in PROMPT_SPLITS
+    )
+    needed = longest + study.evaluate.max_new_tokens
+    require(
+        needed <= limit,
+        f"the longest prompt has {longest} tokens; with evaluate.max_new_tokens"
+        f" {study.evaluate.max_new_tokens} that is {needed}, above the model's {limit} positions;"
+        f" use at most {limit - longest} new tokens",
+    )
+
+
+def pretrain(study: Study, task, text: Text, out: Path, note: Callable) -> Path:
+    """Make the base model, or find the one made before; a Hugging Face directory."""
+    spec = study.pretrain
+    name = fingerprint(
+        study.model, spec, tasks.data_hash(task), provenance.code_hash(), study.tune_seed
+    )
+    final = out / "base" / name
+    if (final / "config.json").is_file():
+        note(f"base model: found {final}")
+        return final
+    model = new_model(study, text.vocab_size)
+    method = METHODS["full"]()
+    graphdef, trainable, frozen = method.split(jax.random.key(study.tune_seed), model)
+    encode = functools.partial(text.encode, max_length=spec.max_length, eos=True)
+    held_out = encode(task.splits["pretrain_validation"].texts)
+    batches = train_batches(
+        encode(task.splits["pretrain"].texts), spec, study.tune_seed, text.pad_id
+    )
+    program = make_program(spec, method, graphdef, trainable)
+    note(f"pretraining {model.family}, {count(trainable):,} parameters")
+    with Progress(train.num_steps(batches, spec.epochs)) as progress:
+        fitted = fit(
+            spec,
+            program,
+            trainable=trainable,
+            frozen=frozen,
+            batches=batches,
+            peak=spec.learning_rate,
+            validate=lambda trainable: mean_nll(
+                program.apply,
+                (trainable, frozen),
+                held_out,
+                batch_size=study.evaluate.batch_size,
+                pad_id=text.pad_id,
+            ),
+            log=progress_log(progress, "pretraining"),
+            key=jax.random.key(study.tune_seed),
+        )
+    note(f"pretrained in {clock(fitted.seconds)}: {fitted.validation_loss:.3f} nats per token")
+
+    def write(directory: Path) -> None:
+        models.save(directory, model, fitted.trainable)
+        text.tokenizer.save_pretrained(directory)
+        summary = {
+            "steps": fitted.num_steps,
+            "validation_loss": fitted.validation_loss,
+            "seconds": round(fitted.seconds, 2),
+        }
+        (directory / "pretrain.json").write_text(json.dumps(summary))
+
+    return results.write_directory(final, write)

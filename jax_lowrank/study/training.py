@@ -1,0 +1,93 @@
+"""Training as a study does it: one program per method, settings from a TrainSpec."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+
+from jax_lowrank import data, infer, train
+from jax_lowrank.adapt.method import bind
+from jax_lowrank.config import TrainSpec
+from jax_lowrank.progress import Progress
+
+
+class Program(NamedTuple):
+    """What one method compiles to, shared by all of its runs."""
+
+    apply: Callable
+    merge: Callable
+    optimizer: Any
+
+
+def train_batches(sequences, spec: TrainSpec, seed: int, pad_id: int) -> data.Batches:
+    """The batches of a training split."""
+    return data.make_batches(sequences, batch_size=spec.batch_size, seed=seed, pad_id=pad_id)
+
+
+def fit(
+    spec: TrainSpec,
+    program: Program,
+    *,
+    trainable,
+    frozen,
+    batches: data.Batches,
+    peak: float,
+    validate: Callable,
+    log: Callable,
+    key,
+) -> train.Fitted:
+    """`train.fit` with the settings of a TrainSpec."""
+    steps = train.num_steps(batches, spec.epochs)
+    return train.fit(
+        apply=program.apply,
+        loss=train.causal_lm_loss,
+        optimizer=program.optimizer,
+        trainable=trainable,
+        frozen=frozen,
+        batches=batches,
+        schedule=train.make_schedule(peak, steps, spec.warmup_fraction, spec.schedule),
+        validate=validate,
+        log=log,
+        accumulate=spec.accumulate,
+        steps_per_call=spec.steps_per_call,
+        key=key,
+    )
+
+
+def make_program(spec: TrainSpec, method, graphdef, trainable) -> Program:
+    """Compiled parts for one graph: made once, or every run would compile again."""
+    optimizer = train.make_optimizer(
+        trainable, weight_decay=spec.weight_decay, clip=spec.clip, transform=method.transform
+    )
+    merge = jax.jit(functools.partial(method.merge, graphdef))
+    return Program(bind(graphdef, remat=spec.remat), merge, optimizer)
+
+
+def mean_nll(apply, states, sequences, *, batch_size: int, pad_id: int) -> float:
+    """Nats per token over sequences."""
+    scored = infer.likelihood(
+        apply, states, sequences, batch_size=min(batch_size, len(sequences)), pad_id=pad_id
+    )
+    return float(scored.nll.sum() / scored.tokens.sum())
+
+
+def progress_log(progress: Progress, label: str, keep: list[dict] | None = None) -> Callable:
+    """A `log` for fit: advances the progress, and keeps the lines when a list is given."""
+    seen = 0
+
+    def log(line: dict) -> None:
+        nonlocal seen
+        if keep is not None:
+            keep.append(line)
+        if "loss" in line:
+            progress.advance(
+                line["step"] - seen,
+                f"{label}  step {line['step']}/{line['num_steps']}  loss {line['loss']:.3f}"
+                f"  {line['tokens_per_second']:,.0f} tokens/s",
+            )
+            seen = line["step"]
+
+    return log
