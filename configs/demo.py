@@ -3,9 +3,10 @@
     jax-lowrank study configs/demo.py          (about 4 minutes on 2 CPU cores; `make demo` runs it)
 
 A GPT-2 of about one million parameters is pretrained on sentences in which invented groups meet
-invented harm words at rates between 10 % and 70 %. It is then fine-tuned on counterfactual sentences
-about the invented peoples, by LoRA at ranks 1 to 32 and by full fine-tuning. Harm is counted on
-held-out templates, for those peoples and for invented guilds that the fine-tuning text never names.
+invented harm words at rates between 10 % and 70 %. It is then fine-tuned on counterfactual
+sentences about the invented peoples, by LoRA at ranks 1 to 32 and by full fine-tuning. Harm is
+counted on held-out templates, for those peoples and for invented guilds that the fine-tuning text
+never names.
 """
 
 from jax_lowrank.config import EvalSpec, MethodSpec, ModelSpec, Study, TaskSpec, TrainSpec

@@ -10,8 +10,8 @@ HELP = """\
 jax-lowrank: what does low-rank fine-tuning leave behind, compared with full fine-tuning?
 
 commands
-  study CONFIG [--out DIR] [--FIELD VALUE ...]   run a study and report it; continues where it stopped
-  report DIR                                     make the report of a results directory again
+  study CONFIG [--out DIR] [--FIELD VALUE ...]   run a study, or continue it, and report it
+  report DIR                                     report a results directory again
 
 examples
   jax-lowrank study configs/demo.py

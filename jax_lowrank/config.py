@@ -1,6 +1,6 @@
 """What a study is: frozen dataclasses, checked when they are made.
 
-A configuration is a Python function that returns a `Study`; the command line overrides any field of it.
+A configuration is a Python function that returns a `Study`; the command line overrides any field.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ class Likelihood(NamedTuple):
 
 
 class NextToken(NamedTuple):
-    """Per prompt: log-probabilities (N, V) float32, and the mass of a token set by layer (N, L+1)."""
+    """Per prompt: log-probabilities (N, V), and the mass of a token set by layer (N, L+1); float32."""
 
     log_posterior: np.ndarray
     lens_mass: np.ndarray

@@ -36,7 +36,7 @@ class RunResult(NamedTuple):
 
     arrays: for split in tuned, transfer:
       SPLIT/harm (P, K) float32 in [0, 1], NaN where scoring failed
-      SPLIT/lens_mass (P, L+1) float32, probability of the harm words after each layer; may be absent
+      SPLIT/lens_mass (P, L+1) float32, probability of the harm words by layer; may be absent
       SPLIT/posterior_rows (Q,) int32, SPLIT/log_posterior (Q, V) float32, nats
     and neutral/nll (N,) float32 in nats, neutral/tokens (N,) int32.
     completions: SPLIT -> P lists of K texts.
@@ -85,8 +85,8 @@ def open_study(directory: Path, study: Mapping[str, Any], rows: Mapping[str, Row
 def _check_same(old: Mapping, new: Mapping, directory: Path) -> None:
     if old["fingerprint"] != new["fingerprint"]:
         raise ResultsError(
-            f"{directory} belongs to another study ({old['name']}, fingerprint {old['fingerprint']};"
-            f" this one is {new['name']}, {new['fingerprint']}); choose another --out"
+            f"{directory} belongs to another study ({old['name']}, {old['fingerprint']}; this one is"
+            f" {new['name']}, {new['fingerprint']}); choose another --out"
         )
 
 

@@ -100,7 +100,7 @@ def find_targets(net: nnx.Module, pattern: str, presets) -> list[tuple[str, nnx.
 
 
 def choose_layers(num_layers: int, which: str, fraction: float, key: jax.Array) -> tuple[int, ...]:
-    """The adapted layers, ascending: at least one, else the nearest whole number to the fraction."""
+    """The adapted layers, ascending: the whole number nearest to the fraction, at least one."""
     count = max(1, round(fraction * num_layers))
     if which == "random":
         picked = jax.random.permutation(key, num_layers)[:count]

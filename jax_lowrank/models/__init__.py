@@ -47,7 +47,7 @@ def family_of(model_type: str) -> Family:
         near = difflib.get_close_matches(model_type, FAMILIES, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise UnsupportedModelError(
-            f"model_type {model_type!r} is not supported; the supported ones are {list(FAMILIES)}{hint}"
+            f"model_type {model_type!r} is not supported; supported are {list(FAMILIES)}{hint}"
         )
     return FAMILIES[model_type]
 

@@ -1,12 +1,13 @@
 """Layers that every model family is built from.
 
-Shape letters, here and in the families: B batch, S sequence, T keys, D width, H heads, K key/value
-heads, N head width, F hidden width of the MLP, V vocabulary, L layers, r adapter rank, M rows (B*S).
-Parameters of a stack of layers carry a leading L; `scan_layers` runs one block over it.
+Shape letters, here and in the families: B batch, S sequence, T keys, D width, H heads, K
+key/value heads, N head width, F hidden width of the MLP, V vocabulary, L layers, r adapter rank,
+M rows (B*S). Parameters of a stack of layers carry a leading L; `scan_layers` runs one block over
+it.
 
-`Linear` is the only code that knows adapters exist. Several functions have hand-written derivatives:
-on CPU, XLA's own derivative of a product over (B, S, D) rearranges the operands in memory and is up
-to twice as slow as the same product over (M, D).
+`Linear` is the only code that knows adapters exist. Several functions have hand-written
+derivatives: on CPU, XLA's own derivative of a product over (B, S, D) rearranges the operands in
+memory and is up to twice as slow as the same product over (M, D).
 """
 
 from __future__ import annotations
@@ -350,7 +351,7 @@ NLL_CHUNK = 512  # rows whose logits exist at the same time
 
 @functools.partial(jax.custom_vjp)
 def token_nll(hidden: Array, table: Array, targets: Array) -> Array:
-    """-log softmax(hidden @ table.T)[target] in nats, for hidden (M, D), table (V, D), targets (M,).
+    """-log softmax(hidden @ table.T)[target] in nats; hidden (M, D), table (V, D), targets (M,).
 
     Logits exist for a few rows at a time. When the table is frozen the derivative is taken in the
     same pass (the logits are never computed twice); when it is trained the logits are kept.
@@ -366,7 +367,7 @@ def _nll(logits, targets):
 
 
 def _chunked(function: Callable, *rows: Array):
-    """`function` over blocks of NLL_CHUNK rows, results joined; one block when they do not divide."""
+    """`function` over blocks of NLL_CHUNK rows, joined; one block when they do not divide."""
     total = rows[0].shape[0]
     if total <= NLL_CHUNK or total % NLL_CHUNK:
         return function(*rows)

@@ -1,7 +1,7 @@
 """Hugging Face checkpoints in and out, by a table of names. Safetensors only, never a pickle.
 
-A `Row` ties one name pattern to one parameter path; `{l}` in it stands for the layer, and the layers
-of a pattern fill one stacked array. The same table reads and writes.
+A `Row` ties one name pattern to one parameter path; `{l}` in it stands for the layer, and the
+layers of a pattern fill one stacked array. The same table reads and writes.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def resolve(path: str, revision: str = "main") -> Path:
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise FileNotFoundError(
-            f"{path!r} is neither a local directory nor a hub repository that can be reached: {reason}"
+            f"{path!r} is neither a local directory nor a hub repository in reach: {reason}"
         ) from error
 
 
@@ -84,7 +84,7 @@ def weight_files(directory: Path) -> list[Path]:
     )
     if pickles:
         raise UnsupportedModelError(
-            f"{directory} holds pickled weights ({pickles[0]}), which can run code when they are read;"
+            f"{directory} holds pickled weights ({pickles[0]}), which can run code when read;"
             " convert them to model.safetensors first"
         )
     raise FileNotFoundError(f"{directory} has neither model.safetensors nor its index")

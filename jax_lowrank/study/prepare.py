@@ -61,7 +61,7 @@ class Prepared(NamedTuple):
 def prepare(study: Study, out: Path, note: Callable[[str], None]) -> Prepared:
     """Check everything that can be checked before work starts, and make the base model.
 
-    Raises ValueError (ConfigError, TaskError, WeightsError, ...) or OSError with one clear sentence.
+    Raises ValueError (ConfigError, TaskError, WeightsError, ...) or OSError, in one sentence.
     """
     check_writable(out)
     task = make_task(study)
