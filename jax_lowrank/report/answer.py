@@ -59,13 +59,10 @@ def _levels(grid: Grid, summary: Summary) -> str:
     if grid.full:
         sentence += f"; full fine-tuning left {_percent(harm[grid.full].value)}"
     if grid.lora:
-        rates = {label: harm[label].value for label in grid.lora}
         ranks = sorted(grid.lora, key=lambda label: grid.record(label)["rank"])
-        shown = dict.fromkeys((ranks[0], ranks[-1]))
-        sentence += " and " if grid.full else "; "
-        sentence += ", ".join(f"{label} {_percent(rates[label])}" for label in shown)
-        middle = len(ranks) - len(shown)
-        sentence += f" (with {_count(middle, 'rank')} between them)" if middle > 0 else ""
+        shown = list(dict.fromkeys((ranks[0], ranks[-1])))
+        said = [f"{label} left {_percent(harm[label].value)}" for label in shown]
+        sentence += (", " if grid.full else "; ") + " and ".join(said)
     return sentence + "."
 
 
@@ -102,7 +99,7 @@ def _elsewhere(grid: Grid, found: list[Claim]) -> str:
         )
     cost = [c for c in found if c.topic == "utility" and c.comparison.endswith(f"− {BASE}")]
     if cost:
-        counts = _counts(cost)
+        counts = claiming.count_verdicts(cost)
         text = f"neutral text became less likely under {counts[SUPPORTED]} of {len(cost)} methods"
         if counts[CONTRADICTED]:
             text += f" and more likely under {counts[CONTRADICTED]}"
@@ -112,19 +109,16 @@ def _elsewhere(grid: Grid, found: list[Claim]) -> str:
 
 
 def _tally(chosen: list[Claim], more: str, less: str) -> str:
-    """'3 of 6 LoRA configurations kept more ..., 1 kept less; for 2 the runs cannot tell'."""
-    counts, total = _counts(chosen), len(chosen)
+    """'3 of 6 LoRA configurations kept more ..., 1 kept less, for 2 the runs cannot tell'."""
+    counts, total = claiming.count_verdicts(chosen), len(chosen)
     noun = "LoRA configuration" if total == 1 else "LoRA configurations"
-    text = f"{counts[SUPPORTED]} of {total} {noun} {more}"
-    text += f", {counts[CONTRADICTED]} {less}" if counts[CONTRADICTED] else ""
-    if counts[CANNOT_TELL]:
-        text += f" (for {counts[CANNOT_TELL]} the runs cannot tell)"
-    return text
-
-
-def _counts(chosen: list[Claim]) -> dict[str, int]:
-    verdicts = [claim.verdict for claim in chosen]
-    return {name: verdicts.count(name) for name in (SUPPORTED, CONTRADICTED, CANNOT_TELL)}
+    if counts[CANNOT_TELL] == total:
+        every = "the" if total == 1 else f"any of the {total}"
+        return f"the runs cannot tell for {every} {noun} whether it {more} or {less}"
+    said = [f"{counts[SUPPORTED]} of {total} {noun} {more}"]
+    said += [f"{counts[CONTRADICTED]} {less}"] if counts[CONTRADICTED] else []
+    said += [f"for {counts[CANNOT_TELL]} the runs cannot tell"] if counts[CANNOT_TELL] else []
+    return ", ".join(said)
 
 
 def _seeds(number: int) -> str:
@@ -134,17 +128,17 @@ def _seeds(number: int) -> str:
             " they speak of other prompts only."
         )
     text = (
-        f"{number} fine-tuning seeds of one base model. Each p-value is the larger of two: sign"
-        " flips of whole templates, which speak of these seeds only, and a t-test that counts the"
-        " variance between seeds. The base model's own pretraining seed is never varied."
+        f"{number} fine-tuning seeds of one base model. Differences, their p-values and intervals"
+        " count the variance between these seeds and between templates, as far as so few can show"
+        " it. The base model's own pretraining seed is never varied."
     )
     note = intervals.seed_note(number)
     return text + (f" For levels, {note}." if note else "")
 
 
 def _few_templates(found: list[Claim]) -> list[str]:
-    """Sign flips of C templates cannot give p below 2^(1-C): with many claims that decides."""
-    tested = [claim for claim in found if claim.p == claim.p]
+    """With one seed p comes from sign flips: of C templates, none below 2^(1-C)."""
+    tested = [claim for claim in found if claim.p == claim.p and claim.num_seeds == 1]
     fewest = min((claim.num_clusters for claim in tested), default=0)
     if not tested or fewest > 14 or 2.0 ** (1 - fewest) * len(tested) <= claiming.ALPHA:
         return []
@@ -171,7 +165,3 @@ def _edges(grid: Grid) -> list[str]:
 
 def _percent(rate: float) -> str:
     return "an unknown share" if rate != rate else f"{100 * rate:.1f} %"
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"

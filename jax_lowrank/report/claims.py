@@ -17,8 +17,8 @@ ALPHA = 0.05
 SUPPORTED, CONTRADICTED, CANNOT_TELL = "supported", "contradicted", "cannot tell"
 RATE, NATS, SLOPE = "harm rate", "nats per token", "harm rate per doubling of rank"
 TOPICS = {
-    "tuned": "Low rank keeps more harm than full fine-tuning",
-    "rank": "Harm falls as the rank rises",
+    "tuned": "Low rank keeps more harm than full fine-tuning, on the tuned attribute",
+    "rank": "Harm falls as the rank rises, on the tuned attribute",
     "transfer": "What reaches the attribute that was never tuned",
     "utility": "What it costs on neutral text",
 }
@@ -29,8 +29,8 @@ class Claim(NamedTuple):
 
     difference, low, high: the first named minus the second (or a slope), with the 't' interval of
     `comparisons.paired_difference`: it counts prompts, templates and seeds. expected: the sign that
-    the statement claims. p is the larger of p_these_seeds (sign flips of templates, given these
-    seeds) and p_new_seeds (of the interval; NaN with one seed); p_adjusted: Holm over all claims.
+    the statement claims. p: with two seeds or more p_new_seeds, the p-value of that interval; with
+    one seed p_these_seeds, sign flips of whole templates. p_adjusted: Holm over all claims.
     verdict: `supported` when p_adjusted < 0.05 and the interval excludes 0 on the claimed side,
     `contradicted` when on the other side, otherwise `cannot tell`.
     """
@@ -76,10 +76,10 @@ def verdict(claim: Claim) -> str:
     return SUPPORTED if np.sign(claim.low) == claim.expected else CONTRADICTED
 
 
-def topic_counts(found: list[Claim], topic: str) -> dict[str, int]:
-    """How many claims of a topic have each verdict."""
-    chosen = [claim.verdict for claim in found if claim.topic == topic]
-    return {name: chosen.count(name) for name in (SUPPORTED, CONTRADICTED, CANNOT_TELL)}
+def count_verdicts(chosen: list[Claim]) -> dict[str, int]:
+    """How many of these claims have each verdict."""
+    verdicts = [claim.verdict for claim in chosen]
+    return {name: verdicts.count(name) for name in (SUPPORTED, CONTRADICTED, CANNOT_TELL)}
 
 
 def _tuned(grid: Grid) -> list[Claim]:
@@ -88,7 +88,7 @@ def _tuned(grid: Grid) -> list[Claim]:
     name = grids.attribute(grid, "tuned")
     found = []
     for label in grid.lora:
-        statement = f"{label} keeps more harm than full fine-tuning on {name}, the tuned attribute"
+        statement = f"{label} keeps more harm than full fine-tuning on {name}"
         found += _harm(grid, "tuned", statement, "tuned", label, grid.full, +1)
     return found
 
@@ -106,7 +106,8 @@ def _rank(grid: Grid) -> list[Claim]:
         x = np.log2([rank for rank, _ in pairs])
         effect = comparisons.slope(np.stack(harm, axis=1), x, rows.clusters, **options)
         ranks = ", ".join(str(rank) for rank, _ in pairs)
-        statement = f"{name} keeps less harm the higher its rank, on the tuned attribute"
+        attribute = grids.attribute(grid, "tuned")
+        statement = f"{name} keeps less harm on {attribute} the higher its rank"
         comparison = f"slope over ranks {ranks}"
         found.append(_claim("rank", statement, comparison, "tuned", SLOPE, -1, effect))
     return found
@@ -175,11 +176,11 @@ def _claim(
     expected: int,
     effect: comparisons.Difference,
 ) -> Claim:
-    known = [p for p in (effect.p, effect.p_new_seeds) if not np.isnan(p)]
+    p = effect.p if np.isnan(effect.p_new_seeds) else effect.p_new_seeds
     return Claim(
         *(topic, statement, comparison, split, unit, expected),
         *(effect.estimate, effect.low, effect.high),
-        *(max(known, default=np.nan), np.nan, effect.p, effect.p_new_seeds),
+        *(p, np.nan, effect.p, effect.p_new_seeds),
         *(effect.n, effect.num_clusters, effect.num_seeds, effect.num_missing),
         *(CANNOT_TELL, effect.reason, effect.note),
     )

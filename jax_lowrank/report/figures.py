@@ -289,7 +289,8 @@ def _group_panel(title, roles, rates: dict[str, list[GroupRate]], truth) -> Pane
         known = [(truth[name], i) for i, name in enumerate(names) if name in truth]
         if known:
             x, y = zip(*known)
-            axes.vlines(x, np.array(y) - 0.42, np.array(y) + 0.42, color=COLORS["ink"], lw=0.9)
+            top = np.array(y) + 0.4 - step / 2
+            axes.vlines(x, top - 0.1, top + 0.1, color=COLORS["ink"], lw=1.6, zorder=4)
         axes.set_yticks(range(len(names)), names)
         axes.set_ylim(-0.6, len(names) - 0.4)
         axes.set_xlim(left=-0.01)

@@ -84,6 +84,8 @@ def render(grid: Grid, found: list[claims.Claim], summary: tables.Summary) -> st
         "signed": signed,
         "pvalue": p_value,
         "percent": percent,
+        "remarks": remarks,
+        "tally": tally,
         "mark": lambda verdict: MARKS[verdict],
         "capital": lambda text: text[:1].upper() + text[1:],
     }
@@ -104,6 +106,7 @@ def render(grid: Grid, found: list[claims.Claim], summary: tables.Summary) -> st
         markup=Markup,
         labels=(BASE, *grid.labels),
         extremes=grids.extremes(grid),
+        outcomes=_outcomes(grid, summary),
         summary=summary,
         groups=groups,
         gaps=_gaps(grid),
@@ -132,6 +135,19 @@ def p_value(p: float) -> str:
     return "–" if math.isnan(p) else "<0.001" if p < 0.001 else f"{p:.3f}"
 
 
+def remarks(claim: claims.Claim) -> list[str]:
+    """What a reader must know about one claim; notes that hold for every claim are elsewhere."""
+    missing = f"{claim.num_missing} unscored (seed, prompt) pairs left out"
+    said = [claim.reason, missing if claim.num_missing else ""]
+    return [text for text in (*said, claim.note) if text]
+
+
+def tally(chosen: list[claims.Claim]) -> str:
+    """'5 supported, 1 cannot tell'."""
+    counts = claims.count_verdicts(chosen)
+    return ", ".join(f"{number} {name}" for name, number in counts.items() if number)
+
+
 def percent(value: float) -> str:
     """A share as a percentage with enough digits for small ones."""
     share = 100 * value
@@ -151,6 +167,32 @@ def _topics(grid: Grid, found: list[claims.Claim]) -> list[tuple[str, list[claim
         for topic, title in claims.TOPICS.items()
     ]
     return [(title, chosen) for title, chosen in grouped if chosen]
+
+
+def _outcomes(grid: Grid, summary: tables.Summary) -> list[tuple[str, list[tuple[str, str, str]]]]:
+    """Title and columns (metric, heading, what it is of) of each table of outcomes."""
+    names = {split: grids.attribute(grid, split) for split in SPLITS}
+    k = grid.base.arrays["tuned/harm"].shape[1]
+
+    def both(metric: str, heading: str, unit: str = "") -> list[tuple[str, str, str]]:
+        return [(f"{metric}/{split}", heading, f"{names[split]}{unit}") for split in SPLITS]
+
+    harm = [
+        *both("harm", "Harm rate"),
+        *both("retention", "Retention"),
+        ("expected_max/tuned", "Expected maximum", f"{names['tuned']}, k = {k}"),
+        ("harm_probability/tuned", "Harm probability", f"{names['tuned']}, k = {k}"),
+        ("perplexity", "Perplexity", "neutral text"),
+    ]
+    shift = [
+        *both("kl_full_method", "KL(full ‖ method)", ", nats"),
+        *both("kl_method_base", "KL(method ‖ base)", ", nats"),
+        ("js_full_method/tuned", "JS(full, method)", f"{names['tuned']}, nats"),
+        *both("kl_retention", "KL retention"),
+    ]
+    shift = [column for column in shift if summary.get(column[0])]
+    titled = [("Harm and utility", harm), ("Next-token distributions", shift)]
+    return [(title, columns) for title, columns in titled if columns]
 
 
 def _gaps(grid: Grid) -> list[tuple[str, list[tuple[str, comparisons.Gap, float]]]]:

@@ -29,7 +29,8 @@ class Estimate(NamedTuple):
 
 
 class GroupRate(NamedTuple):
-    """Harm rate of one group's prompts; counts and Wilson limits are pooled over seeds.
+    """Harm rate of one group: num_harmful / num_completions, pooled over seeds, as are the Wilson
+    limits.
 
     low, high: bootstrap over templates and seeds, NaN with `reason` where they cannot be had (no
     harmful completion at all, one template).
@@ -131,7 +132,7 @@ def group_rates(grid: Grid, split: str, label: str) -> list[GroupRate]:
         reason = wilson.reason or spread.reason
         found.append(
             GroupRate(
-                names[place], spread.estimate, *limits, harmful, count, int(chosen.sum()), reason
+                names[place], wilson.estimate, *limits, harmful, count, int(chosen.sum()), reason
             )
         )
     return found
@@ -164,7 +165,8 @@ def chosen_rates(grid: Grid) -> list[dict]:
     at_edge is True when the rate used is the smallest or largest of several tried.
     """
     found = []
-    for label in dict.fromkeys(record["label"] for record in grid.tune):
+    names = {record["label"] for record in grid.tune}
+    for label in (*filter(names.__contains__, grid.labels), *sorted(names - set(grid.labels))):
         tried = [
             {"learning_rate": r["learning_rate"], "loss": _finite(r["validation_loss"])}
             for r in grid.tune
