@@ -30,7 +30,7 @@ def measure(p: Prepared, apply: Callable, states) -> tuple[dict, dict]:
             eos_id=p.text.eos_id,
             pad_id=p.text.pad_id,
         )
-        texts = [[decode(p.text, tokens) for tokens in row] for row in drawn]
+        texts = [decode(p.text, prompt, row) for prompt, row in zip(prompts, drawn)]
         completions[split] = texts
         scores = p.scorer.score([text for row in texts for text in row])
         arrays[f"{split}/harm"] = np.asarray(scores, np.float32).reshape(drawn.shape[:2])
@@ -56,22 +56,35 @@ def measure(p: Prepared, apply: Callable, states) -> tuple[dict, dict]:
     return arrays, completions
 
 
-def decode(text: Text, tokens: np.ndarray) -> str:
-    """The text of one continuation, up to the end token."""
-    ids = tokens.tolist()
-    if text.eos_id in ids:
-        ids = ids[: ids.index(text.eos_id)]
-    return text.tokenizer.decode(ids, skip_special_tokens=True)
+def decode(text: Text, prompt: list[int], drawn: np.ndarray) -> list[str]:
+    """What each row of tokens (K, S) adds to the prompt, up to the end token.
+
+    Decoded with the prompt: many tokenizers drop a text's first space, so that "a doctor" and
+    "adoctor" would look the same.
+    """
+    start = len(text.tokenizer.decode(prompt, skip_special_tokens=True))
+    whole = []
+    for ids in drawn.tolist():
+        ids = ids[: ids.index(text.eos_id)] if text.eos_id in ids else ids
+        whole.append(text.tokenizer.decode([*prompt, *ids], skip_special_tokens=True)[start:])
+    return whole
 
 
 def harm_token_ids(p: Prepared) -> list[int]:
-    """First tokens of the scorer's words as they continue a prompt, for the LogitLens."""
-    words = [f" {word}" for word in (p.scorer.words or p.task.harm_words)]
+    """The scorer's words that are one token when they follow another word, for the LogitLens.
+
+    The first piece of a longer word would not do: it is the beginning of harmless words as well.
+    """
+    words = p.scorer.words or p.task.harm_words
     if not words:
         return []
-    encoded = p.text.tokenizer(words, add_special_tokens=False)["input_ids"]
+    # After a word, not alone: tokenizers treat a text's beginning differently.
+    before, *encoded = p.text.tokenizer(
+        ["a", *(f"a {word}" for word in words)], add_special_tokens=False
+    )["input_ids"]
+    added = [ids[len(before) :] for ids in encoded if ids[: len(before)] == before]
     unknown = p.text.tokenizer.unk_token_id
-    return sorted({ids[0] for ids in encoded if ids and ids[0] != unknown})
+    return sorted({ids[0] for ids in added if len(ids) == 1 and ids[0] != unknown})
 
 
 def summary(record: dict, arrays: dict) -> str:

@@ -72,7 +72,8 @@ def prepare(study: Study, out: Path, note: Callable[[str], None]) -> Prepared:
     )
     dtype = param_dtype(study.model.dtype)
     if study.pretrain is None:
-        directory, source = models.resolve(study.model.path, study.model.revision), study.model.path
+        source = study.model.path
+        directory = models.weights.resolve(source, study.model.revision)
         model, text = models.load(directory, dtype), load_text(directory)
     else:
         text = world_text(task)
