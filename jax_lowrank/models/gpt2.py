@@ -10,14 +10,19 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jax_lowrank.models.decoder import Decoder
-from jax_lowrank.models.layers import Array, Context, Embedding, LayerNorm, Linear, attend
+from jax_lowrank.models.layers import (
+    Array,
+    Context,
+    Embedding,
+    LayerNorm,
+    Linear,
+    attend,
+    gelu,
+    gelu_tanh,
+)
 from jax_lowrank.models.weights import Row, UnsupportedModelError
 
-ACTIVATIONS = {
-    "gelu_new": lambda x: jax.nn.gelu(x, approximate=True),
-    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
-    "relu": jax.nn.relu,
-}
+ACTIVATIONS = {"gelu_new": gelu_tanh, "gelu": gelu, "relu": jax.nn.relu}
 
 
 @dataclass(frozen=True)

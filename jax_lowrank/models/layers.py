@@ -26,11 +26,6 @@ Array = jax.Array
 # ------------------------------------------------------------------------------------ products
 
 
-def matmul(x: Array, kernel: Array) -> Array:
-    """x (..., in) @ kernel (in, out) -> (..., out), as one product over flattened rows."""
-    return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], kernel.shape[-1])
-
-
 @jax.custom_vjp
 def low_rank(x: Array, a: Array, b: Array) -> Array:
     """(x @ a) @ b for x (M, in), a (in, r), b (r, out)."""
@@ -104,14 +99,7 @@ class Linear(nnx.Module):
         return y.reshape(*x.shape[:-1], y.shape[-1])
 
     def attach(
-        self,
-        a: Array,
-        b: Array,
-        *,
-        scale: float,
-        dropout: float,
-        layers: tuple[int, ...],
-        index: int,
+        self, a: Array, b: Array, *, scale: float, dropout: float, layers: tuple[int, ...], index
     ) -> None:
         """Put low-rank factors beside the frozen kernel; see `Adapter`."""
         self.adapter = Adapter(a, b, scale=scale, dropout=dropout, layers=layers, index=index)
@@ -224,6 +212,28 @@ class RMSNorm(nnx.Module):
         return rms_norm(x, self.scale[...], self.eps)
 
 
+# --------------------------------------------------------------------------------- activations
+
+
+def from_input(function: Callable) -> Callable:
+    """An elementwise function whose derivative is taken from its inputs alone.
+
+    Without this every intermediate value of it is kept for the backward pass.
+    """
+
+    @jax.custom_vjp
+    def wrapped(*xs):
+        return function(*xs)
+
+    wrapped.defvjp(lambda *xs: (function(*xs), xs), lambda xs, g: jax.vjp(function, *xs)[1](g))
+    return wrapped
+
+
+gelu_tanh = from_input(lambda x: jax.nn.gelu(x, approximate=True))
+gelu = from_input(lambda x: jax.nn.gelu(x, approximate=False))
+swiglu = from_input(lambda gate, up: jax.nn.silu(gate) * up)
+
+
 # ----------------------------------------------------------------------------------- attention
 
 
@@ -293,10 +303,53 @@ def attend(q: Array, k: Array, v: Array, context: Context, kv: tuple[Array, Arra
         k = jax.lax.dynamic_index_in_dim(keys, layer, keepdims=False)
         v = jax.lax.dynamic_index_in_dim(values, layer, keepdims=False)
         kv = (keys, values)
-    out = jax.nn.dot_product_attention(
-        q, k, v, mask=context.allowed, is_causal=context.allowed is None
-    )
-    return out, kv
+    return mix(q, k, v, context.allowed), kv
+
+
+def mix(q: Array, k: Array, v: Array, allowed: Array | None) -> Array:
+    """softmax(q k^T / sqrt(N)) v over the allowed keys, or over those not after the query.
+
+    q (B, S, H, N); k, v (B, T, K, N); allowed (B or 1, 1, S, T) bool. On CPU by hand: XLA's own
+    derivative keeps and moves several more arrays of the size of the scores.
+    """
+    if jax.default_backend() != "cpu":
+        return jax.nn.dot_product_attention(q, k, v, mask=allowed, is_causal=allowed is None)
+    if allowed is None:
+        allowed = _band(jnp.arange(q.shape[1]), jnp.arange(k.shape[1]), None)[None, None]
+    groups = q.shape[2] // k.shape[2]
+    k, v = (jnp.repeat(x, groups, axis=2) if groups > 1 else x for x in (k, v))
+    return _mix(q, k, v, allowed)
+
+
+@jax.custom_vjp
+def _mix(q, k, v, allowed):
+    return _mix_fwd(q, k, v, allowed)[0]
+
+
+def _mix_fwd(q, k, v, allowed):
+    q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
+    q = q * jnp.asarray(q.shape[-1] ** -0.5, q.dtype)
+    scores = jnp.einsum("bhsn,bhtn->bhst", q, k, preferred_element_type=jnp.float32)
+    scores = jnp.where(allowed, scores, -1e30)
+    weights = jnp.exp(scores - scores.max(-1, keepdims=True))
+    weights = (weights / weights.sum(-1, keepdims=True)).astype(q.dtype)
+    out = jnp.einsum("bhst,bhtn->bhsn", weights, v)
+    return out.swapaxes(1, 2), (q, k, v, weights)
+
+
+def _mix_bwd(residuals, g):
+    q, k, v, weights = residuals
+    g = g.swapaxes(1, 2)
+    dv = jnp.einsum("bhst,bhsn->bhtn", weights, g)
+    dweights = jnp.einsum("bhsn,bhtn->bhst", g, v)
+    weighted = dweights * weights
+    dscores = weighted - weights * weighted.sum(-1, keepdims=True)
+    dq = jnp.einsum("bhst,bhtn->bhsn", dscores, k) * jnp.asarray(q.shape[-1] ** -0.5, q.dtype)
+    dk = jnp.einsum("bhst,bhsn->bhtn", dscores, q)
+    return dq.swapaxes(1, 2), dk.swapaxes(1, 2), dv.swapaxes(1, 2), None
+
+
+_mix.defvjp(_mix_fwd, _mix_bwd)
 
 
 def scan_layers(
@@ -349,7 +402,7 @@ def unembed(hidden: Array, table: Array) -> Array:
 NLL_CHUNK = 512  # rows whose logits exist at the same time
 
 
-@functools.partial(jax.custom_vjp)
+@jax.custom_vjp
 def token_nll(hidden: Array, table: Array, targets: Array) -> Array:
     """-log softmax(hidden @ table.T)[target] in nats; hidden (M, D), table (V, D), targets (M,).
 
@@ -379,7 +432,7 @@ def _chunked(function: Callable, *rows: Array):
 def _residual(logits, lse, targets):
     """softmax(logits) - one_hot(targets), the derivative of the nll by the logits."""
     hit = jnp.arange(logits.shape[-1])[None] == targets[:, None]
-    return jnp.exp(logits - lse[:, None]) - hit
+    return jnp.exp(logits - lse[:, None]) - hit.astype(logits.dtype)
 
 
 def _token_nll_fwd(hidden, table, targets):

@@ -15,7 +15,15 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jax_lowrank.models.decoder import Decoder
-from jax_lowrank.models.layers import Array, Context, Embedding, Linear, RMSNorm, attend
+from jax_lowrank.models.layers import (
+    Array,
+    Context,
+    Embedding,
+    Linear,
+    RMSNorm,
+    attend,
+    swiglu,
+)
 from jax_lowrank.models.weights import Row, UnsupportedModelError
 
 ROPE_KINDS = ("default", "linear", "llama3")
@@ -226,7 +234,7 @@ class MLP(nnx.Module):
         self.down = Linear(next(keys), c.mlp_width, c.width, **kw)
 
     def __call__(self, x: Array, key: Array | None) -> Array:
-        return self.down(jax.nn.silu(self.gate(x, key)) * self.up(x, key), key)
+        return self.down(swiglu(self.gate(x, key), self.up(x, key)), key)
 
 
 class Block(nnx.Module):

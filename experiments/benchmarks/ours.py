@@ -1,0 +1,215 @@
+"""Our side of the fine-tuning benchmark: one setting per process, one JSON object on the last line.
+
+    python experiments/benchmarks/ours.py --shape gpt2 --method lora
+
+The same shapes, batches and amount of work as peer_torch.py; see there for what is left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import resource
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+from statistics import median
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_lowrank import infer, models, provenance, train
+from jax_lowrank.adapt import METHODS
+from jax_lowrank.adapt.method import bind, count
+from jax_lowrank.data import Batch
+
+VOCAB, LENGTH, BATCH = 8192, 128, 16
+SHAPES = {
+    "gpt2": (
+        "gpt2",
+        models.gpt2.GPT2Config(
+            vocab_size=VOCAB, num_layers=6, width=384, num_heads=6, mlp_width=1536
+        ),
+    ),
+    "llama": (
+        "llama",
+        models.llama.LlamaConfig(
+            vocab_size=VOCAB,
+            num_layers=6,
+            width=384,
+            num_heads=6,
+            num_kv_heads=6,
+            head_width=64,
+            mlp_width=1024,
+            max_positions=1024,
+            tied=True,
+        ),
+    ),
+}
+METHOD_OPTIONS = {"full": {}, "lora": {"rank": 8, "alpha": 16.0}}
+
+
+def peak_mb() -> float:
+    """Largest resident size of this process so far, in MB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def prepared(options):
+    """call(state) -> state and losses: one compiled call of `steps_per_call` steps; first state."""
+    family, config = SHAPES[options.shape]
+    model = models.create(family, config, jax.random.key(0))
+    method = METHODS[options.method](**METHOD_OPTIONS[options.method])
+    graphdef, trainable, frozen = method.split(jax.random.key(1), model)
+    optimizer = train.make_optimizer(
+        trainable, weight_decay=0.1, clip=1.0, transform=method.transform
+    )
+    per_call, rng = options.steps_per_call, np.random.default_rng(0)
+    weights = np.ones((per_call, BATCH, LENGTH), np.float32)
+    weights[:, :, 0] = 0
+    apply = bind(graphdef, remat=options.remat)
+
+    def call(state):
+        trainable, opt_state, losses, _ = train.run_steps(
+            apply=apply,
+            loss=train.causal_lm_loss,
+            optimizer=optimizer,
+            accumulate=1,
+            trainable=state[0],
+            opt_state=state[1],
+            frozen=frozen,
+            batches=Batch(rng.integers(0, VOCAB, weights.shape).astype(np.int32), weights),
+            rates=np.full(per_call, 1e-3, np.float32),
+            count=per_call,
+            key=jax.random.key(2),
+        )
+        return (trainable, opt_state), np.asarray(losses).tolist()
+
+    return call, (trainable, optimizer.init(trainable))
+
+
+def training(options) -> dict:
+    """Seconds per optimizer step, measured over whole compiled calls."""
+    call, state = prepared(options)
+    num_trainable, per_call = count(state[0]), options.steps_per_call
+    seconds, losses = [], []
+    for _ in range(1 + options.steps // per_call):
+        began = time.perf_counter()
+        state, step_losses = call(state)
+        losses += step_losses
+        seconds.append((time.perf_counter() - began) / per_call)
+    measured = seconds[1:]
+    return {
+        "step_seconds": measured,
+        "step_seconds_min": min(measured),
+        "step_seconds_median": median(measured),
+        "tokens_per_second": BATCH * LENGTH / median(measured),
+        "compile_seconds": (seconds[0] - median(measured)) * per_call,
+        "trainable_parameters": num_trainable,
+        "final_losses": losses[-3:],
+    }
+
+
+# Kinds of work by how XLA names its operations on CPU; the first that matches counts.
+KINDS = (
+    ("matrix products", ("ynn_fusion", "dot", "onednn", "convolution")),
+    ("containers", ("while", "call", "conditional")),
+    (
+        "moving and slicing",
+        ("copy", "transpose", "dynamic", "bitcast_dynamic", "broadcast", "wrapped_broadcast"),
+    ),
+)
+
+
+def profile(options) -> dict:
+    """Thread-milliseconds per step by kind of operation, from XLA's own trace of one call."""
+    call, state = prepared(options)
+    state, _ = call(state)
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            call(state)
+        (path,) = Path(folder).rglob("*.trace.json.gz")
+        events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
+    totals, largest = Counter(), Counter()
+    for event in events:
+        name = event.get("args", {}).get("hlo_op")
+        if event.get("ph") == "X" and name:
+            kind = next((k for k, words in KINDS if name.startswith(words)), "elementwise and sums")
+            totals[kind] += event["dur"] / 1e3 / options.steps_per_call
+            largest[name] += event["dur"] / 1e3 / options.steps_per_call
+    del totals["containers"]
+    whole = sum(totals.values())
+    shares = {kind: value / whole for kind, value in totals.most_common()}
+    return {"share_of_thread_time": shares, "largest_ms_per_step": dict(largest.most_common(12))}
+
+
+def generating(options) -> dict:
+    """Tokens per second of plain sampling: prompt 16, 32 new tokens."""
+    family, config = SHAPES[options.shape]
+    model = models.create(family, config, jax.random.key(0))
+    method = METHODS[options.method](**METHOD_OPTIONS[options.method])
+    graphdef, trainable, frozen = method.split(jax.random.key(1), model)
+    apply = bind(graphdef)
+    tokens = np.random.default_rng(0).integers(0, VOCAB, (options.batch, 16)).astype(np.int32)
+    seconds = []
+    for turn in range(options.steps + 1):
+        began = time.perf_counter()
+        infer.generate(
+            apply,
+            (trainable, frozen),
+            tokens,
+            np.ones_like(tokens, bool),
+            jax.random.split(jax.random.key(turn), options.batch),
+            max_new_tokens=32,
+            sampling=infer.Sampling(1.0),
+            eos_id=None,
+            pad_id=0,
+        ).block_until_ready()
+        seconds.append(time.perf_counter() - began)
+    return {
+        "call_seconds": seconds[1:],
+        "call_seconds_median": median(seconds[1:]),
+        "tokens_per_second": options.batch * 32 / median(seconds[1:]),
+        "tokens_per_second_best": options.batch * 32 / min(seconds[1:]),
+        "first_call_seconds": seconds[0],
+    }
+
+
+def matmul(options) -> dict:
+    """Best GFLOP/s of one f32 product: this machine's peak as XLA reaches it."""
+    product, rates = jax.jit(jnp.matmul), {}
+    for m, k, n in ((2048, 384, 1536), (2048, 2048, 2048)):
+        a, b = (jax.random.normal(jax.random.key(0), s) for s in ((m, k), (k, n)))
+        product(a, b).block_until_ready()
+        times = []
+        for _ in range(options.steps):
+            began = time.perf_counter()
+            product(a, b).block_until_ready()
+            times.append(time.perf_counter() - began)
+        rates[f"{m}x{k}x{n}"] = 2 * m * k * n / min(times) / 1e9
+    return {"gflops": rates}
+
+
+TASKS = {"train": training, "generate": generating, "matmul": matmul, "profile": profile}
+
+
+def main() -> None:
+    """Parse, measure, print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--task", choices=TASKS, default="train")
+    parser.add_argument("--shape", choices=SHAPES, default="gpt2")
+    parser.add_argument("--method", choices=METHOD_OPTIONS, default="lora")
+    parser.add_argument("--steps", type=int, default=16)
+    parser.add_argument("--steps-per-call", type=int, default=4)
+    parser.add_argument("--remat", action="store_true")
+    parser.add_argument("--batch", type=int, default=32)
+    options = parser.parse_args()
+    result = {"framework": "jax_lowrank", **vars(options), **TASKS[options.task](options)}
+    result |= {"peak_mb": peak_mb(), "environment": dict(provenance.environment())}
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
