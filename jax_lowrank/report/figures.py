@@ -146,11 +146,10 @@ def learning_rates(grid: Grid) -> Figure | None:
             points = [p for p in each["tried"] if p["loss"] is not None]
             rates, losses = ([p[name] for p in points] for name in ("learning_rate", "loss"))
             axes.plot(rates, losses, color=COLORS[color], marker=marker, ms=4, lw=1.2)
-            used = [(p["learning_rate"], p["loss"]) for p in points]
-            used = [point for point in used if point[0] == each["used"]]
-            axes.scatter(
-                *zip(*used), s=90, facecolors="none", edgecolors=COLORS[color], linewidths=1.4
-            ) if used else None
+            for point in points:
+                if point["learning_rate"] == each["used"]:
+                    ring = {"s": 90, "facecolors": "none", "edgecolors": COLORS[color]}
+                    axes.scatter(point["learning_rate"], point["loss"], linewidths=1.4, **ring)
         axes.set_xscale("log")
         axes.set_xlabel("peak learning rate")
         axes.set_ylabel("validation loss (nats per token)")
