@@ -86,12 +86,25 @@ def make_optimizer(
     donate_argnames=("trainable", "opt_state"),
 )
 def run_steps(
-    *, apply, loss, optimizer, accumulate, trainable, opt_state, frozen, batches, rates, count, key
+    *,
+    apply,
+    loss,
+    optimizer,
+    accumulate,
+    trainable,
+    opt_state,
+    frozen,
+    batches,
+    rates,
+    count,
+    key,
+    first=0,
 ):
     """`count` optimizer steps on batches[:count] (K, B, S) at rates (K,).
 
     The gradient is that of the token-weighted mean over the whole step's rows, whatever
-    `accumulate` is. Returns trainable, opt_state and per-step loss and gradient norm (K,).
+    `accumulate` is. `first` is the number of the first step: with the key it decides the dropout.
+    Returns trainable, opt_state and per-step loss and gradient norm (K,).
     """
 
     def summed(trainable, micro, key):
@@ -119,7 +132,7 @@ def run_steps(
     def body(i, carry):
         trainable, opt_state, losses, norms = carry
         batch = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), batches)
-        value, grads = gradient(trainable, batch, jax.random.fold_in(key, i))
+        value, grads = gradient(trainable, batch, jax.random.fold_in(key, first + i))
         updates, opt_state = optimizer.update(grads, opt_state, trainable)
         trainable = jax.tree.map(lambda p, u: p - rates[i] * u, trainable, updates)
         norm = optax.tree.norm(grads)
@@ -161,7 +174,7 @@ def fit(
     The state with the lowest validation loss is returned. `trainable` is donated. `log` receives
     one dict per compiled call and per validation.
 
-    Raises DivergedError at the first step whose loss is not finite.
+    Raises DivergedError at the first step whose loss, or validation loss after it, is not finite.
     """
     opt_state = optimizer.init(trainable)
     epoch, end = batches.steps_per_epoch, schedule.num_steps
@@ -183,7 +196,8 @@ def fit(
                 batches=_fill(stacked, steps_per_call),
                 rates=_fill(rates, steps_per_call),
                 count=count,
-                key=jax.random.fold_in(key, step),
+                key=key,
+                first=step,
             )
             tokens += stacked.tokens.size
             # Read the previous call's numbers while this one runs.
@@ -194,6 +208,8 @@ def fit(
         pending = None
         step = min(first + epoch, end)
         value = validate(trainable)
+        if not math.isfinite(value):
+            raise DivergedError(step, value)
         log({"step": step, "validation_loss": value})
         if value < best[0]:
             best = (value, step, jax.device_get(trainable))

@@ -352,8 +352,11 @@ def _mix_bwd(residuals, g):
 _mix.defvjp(_mix_fwd, _mix_bwd)
 
 
+UNROLL_UP_TO = 16  # layers
+
+
 def scan_layers(
-    blocks: nnx.Module, x: Array, context: Context, cache: Cache | None, *, remat, unroll
+    blocks: nnx.Module, x: Array, context: Context, cache: Cache | None, *, remat: bool
 ):
     """Run the stacked `blocks` over x (B, S, D).
 
@@ -378,6 +381,9 @@ def scan_layers(
     kv = None if cache is None else (cache.keys, cache.values)
     step = jax.checkpoint(step, prevent_cse=False) if remat else step
     layers = jnp.arange(num_layers, dtype=jnp.int32)
+    # On CPU a loop copies each layer's weights and keeps what the backward pass needs in stacks; a
+    # few layers compile as fast unrolled.
+    unroll = jax.default_backend() == "cpu" and num_layers <= UNROLL_UP_TO
     (x, kv), before = jax.lax.scan(step, (x, kv), (state, layers), unroll=unroll)
     if cache is not None:
         cache = cache._replace(keys=kv[0], values=kv[1])
