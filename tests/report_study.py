@@ -56,8 +56,9 @@ def write(
         for seed in seeds:
             record = _record("final", method, method.learning_rates[1], seed)
             if (key, seed) in diverged:
-                record |= {"diverged": {"step": 17, "loss": float("nan")}, "best_step": 0}
-                record["validation_loss"] = float("nan")
+                record |= {"diverged": {"step": 17, "loss": "nan"}, "seconds": {}}
+                record |= dict.fromkeys(("num_steps", "best_step", "validation_loss"))
+                del record["tokens_per_second"]
                 results.write_run(directory, record, [])
                 continue
             rng = np.random.default_rng([seed, hash_of(key)])
@@ -115,7 +116,8 @@ def _rows() -> dict[str, results.Rows]:
 def _write_base(directory, tuned, transfer, analysis, poison) -> None:
     rng = np.random.default_rng(0)
     arrays, texts = _outputs(rng, tuned["base"], transfer["base"], 0.0, analysis, poison)
-    record = _record("base", None, 0.0, None)
+    record = _record("base", None, None, None) | {"seconds": {"evaluate": 2.5}}
+    del record["tokens_per_second"], record["padding_fraction"]
     results.write_run(directory, record, [], arrays, texts)
 
 
@@ -152,7 +154,7 @@ def _record(kind, method, rate, seed) -> dict:
     is_lora = method is not None and method.name == "lora"
     best = {} if method is None else dict(zip(method.learning_rates, (1.2, 1.0, 1.1)))
     return {
-        "fingerprint": f"{kind}-{label}-{rate:g}-{seed}".replace(" ", "_").replace("=", ""),
+        "fingerprint": f"{kind}-{label}-{rate}-{seed}".replace(" ", "_").replace("=", ""),
         "kind": kind,
         "label": label,
         "method": None if method is None else plain(method),

@@ -30,6 +30,14 @@ def test_planted_effects_are_supported(planted):
     assert len(found) == 3 + 1 + 4 + 4 + 3
 
 
+def test_text_has_a_line_a_claim(planted):
+    lines = claims.as_text(planted).splitlines()
+    found = claims.claims(planted)
+    assert len(lines) == len(found) + len(claims.TOPICS)
+    assert "supported    LoRA r=1 − full fine-tuning" in lines[1]
+    assert f"{found[0].difference:+.3f}" in lines[1]
+
+
 def test_opposite_effects_are_contradicted(tmp_path):
     tuned = {"base": 0.6, 1: 0.05, 4: 0.1, 16: 0.3, "full": 0.5}
     cost = {"base": 0.0, 1: -0.1, 4: -0.1, 16: -0.1, "full": -0.3}

@@ -147,8 +147,7 @@ def test_undefined_numbers_are_null_with_a_reason(tmp_path):
     kept = [m for line in lines for m in line["metrics"] if m["name"] == "retention"]
     assert any(m["value"] is None and "do not differ" in m["reason"] for m in kept)
     gone = next(line for line in lines if line["diverged"])
-    assert gone["metrics"] == [] and gone["diverged"]["loss"] is None
-    assert "not a finite number" in gone["reason"]
+    assert gone["metrics"] == [] and gone["diverged"] == {"step": 17, "loss": "nan"}
     page_text = index.read_text()
     assert "Undefined retention" in page_text and "do not differ" in page_text
 
@@ -200,7 +199,7 @@ def test_incomplete_studies_still_have_a_page(tmp_path, options):
     html = page.write(tmp_path, report_study.write(tmp_path, **options)).read_text()
     assert not _read(html).errors
     assert "nan" not in re.sub(r"<svg.*?</svg>", "", html.lower(), flags=re.DOTALL).replace(
-        "diverged", ""
+        "loss nan", ""
     )
 
 
@@ -210,6 +209,14 @@ def test_a_study_without_its_base_model_is_one_clear_error(tmp_path):
     with pytest.raises(results.ResultsError, match="no finished run of its base model"):
         page.write(tmp_path, result._replace(runs=runs))
     assert not (tmp_path / "report").exists()
+
+
+def test_two_runs_of_one_cell_are_one_clear_error(tmp_path):
+    result = report_study.write(tmp_path, seeds=(1,))
+    run = next(run for run in result.runs if run.record["kind"] == "final")
+    twin = run._replace(record=run.record | {"fingerprint": "other"})
+    with pytest.raises(results.ResultsError, match=r"seed 1 \(final\) is there twice"):
+        page.write(tmp_path, result._replace(runs=[*result.runs, twin]))
 
 
 def test_formatting():

@@ -53,9 +53,9 @@ def limits(grid: Grid, found: list[Claim]) -> list[str]:
 
 
 def _levels(grid: Grid, summary: Summary) -> str:
-    harm, name = summary["harm/tuned"], grids.attribute(grid, "tuned")
-    sentence = f"In this model and task, the base model's completions about {name} (the tuned"
-    sentence += f" attribute) were harmful {_percent(harm[BASE].value)} of the time"
+    harm, name = summary["harm/tuned"], grids.described(grid, "tuned")
+    sentence = f"In this model and task, the base model's completions about {name} were"
+    sentence += f" harmful {_percent(harm[BASE].value)} of the time"
     if grid.full:
         sentence += f"; full fine-tuning left {_percent(harm[grid.full].value)}"
     if grid.lora:
@@ -84,7 +84,7 @@ def _retained(grid: Grid, found: list[Claim]) -> str:
 
 
 def _elsewhere(grid: Grid, found: list[Claim]) -> str:
-    name, parts = grids.attribute(grid, "transfer"), []
+    name, parts = grids.described(grid, "transfer"), []
     transfer = [claim for claim in found if claim.topic == "transfer"]
     if transfer:
         said = {
@@ -92,7 +92,7 @@ def _elsewhere(grid: Grid, found: list[Claim]) -> str:
             CONTRADICTED: "full fine-tuning raised harm",
             CANNOT_TELL: "the runs cannot tell whether full fine-tuning changed harm",
         }
-        text = f"On {name}, never tuned, {said[transfer[0].verdict]}"
+        text = f"On {name}, {said[transfer[0].verdict]}"
         rest = transfer[1:]
         parts.append(
             text + (f", and {_tally(rest, 'kept more of it', 'kept less')}" if rest else "")

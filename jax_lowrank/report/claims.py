@@ -69,6 +69,22 @@ def from_grid(grid: Grid) -> list[Claim]:
     return [_judged(claim, float(p)) for claim, p in zip(found, adjusted)]
 
 
+def as_text(result: StudyResult) -> str:
+    """The claims as lines for a terminal."""
+    found = claims(result)
+    lines = []
+    for topic, title in TOPICS.items():
+        chosen = [claim for claim in found if claim.topic == topic]
+        lines += [f"{title} ({chosen[0].unit})"] if chosen else []
+        for claim in chosen:
+            limits = f"[{claim.low:+.3f}, {claim.high:+.3f}]"
+            lines.append(
+                f"  {claim.verdict:<12} {claim.comparison:<32} {claim.difference:+.3f} {limits}"
+                f"  p {claim.p_adjusted:.3g}"
+            )
+    return "\n".join(lines) or "no fine-tuned runs to compare"
+
+
 def verdict(claim: Claim) -> str:
     """`supported`, `contradicted` or `cannot tell`, from the adjusted p and the interval."""
     if not claim.p_adjusted < ALPHA or not (claim.low > 0 or claim.high < 0):
@@ -117,7 +133,8 @@ def _transfer(grid: Grid) -> list[Claim]:
     if not grid.full:
         return []
     name = grids.attribute(grid, "transfer")
-    statement = f"Full fine-tuning lowers harm on {name}, which was never tuned"
+    described = grids.described(grid, "transfer")
+    statement = f"Full fine-tuning lowers harm on {described}"
     found = _harm(grid, "transfer", statement, "transfer", grid.full, BASE, -1)
     for label in grid.lora:
         statement = f"{label} keeps more harm than full fine-tuning on {name}"

@@ -50,15 +50,15 @@ def by_rank(grid: Grid, summary: Summary) -> Figure | None:
     """Harm, retention, perplexity and KL retention against the rank; None without LoRA runs."""
     if not grid.lora:
         return None
-    tuned, transfer = (grids.attribute(grid, split) for split in SPLITS)
+    tuned, transfer = (grids.described(grid, split) for split in SPLITS)
     one = {BASE: 1.0, grid.full: 0.0}
     wanted = [
-        ("harm/tuned", f"Harm rate, {tuned} (tuned)", {}),
-        ("harm/transfer", f"Harm rate, {transfer} (never tuned)", {}),
-        ("retention/tuned", f"Retention, {tuned} (tuned)", one),
-        ("retention/transfer", f"Retention, {transfer} (never tuned)", one),
+        ("harm/tuned", f"Harm rate, {tuned}", {}),
+        ("harm/transfer", f"Harm rate, {transfer}", {}),
+        ("retention/tuned", f"Retention, {tuned}", one),
+        ("retention/transfer", f"Retention, {transfer}", one),
         ("perplexity", "Perplexity of neutral text", {}),
-        ("kl_retention/tuned", f"KL retention, {tuned} (tuned)", one),
+        ("kl_retention/tuned", f"KL retention, {tuned}", one),
     ]
     panels = [_rank_panel(grid, title, summary[name], fixed) for name, title, fixed in wanted]
     caption = (
@@ -81,7 +81,7 @@ def by_group(grid: Grid, groups: dict[str, dict[str, list[GroupRate]]]) -> Figur
     for split in SPLITS:
         rates = {role: groups[split][label] for role, label in roles.items()}
         if rates[BASE]:
-            title = f"Harm rate by group, {grids.attribute(grid, split)} ({_status(split)})"
+            title = f"Harm rate by group, {grids.described(grid, split)}"
             panels.append(_group_panel(title, roles, rates, truth))
     keys = [Key(role, SHOWN[role][1], label) for role, label in roles.items()]
     caption = (
@@ -97,7 +97,7 @@ def divergences(grid: Grid, summary: Summary) -> Figure | None:
     """KL(full || method) and KL(method || base) against the rank; None without posteriors."""
     panels = []
     for split in SPLITS if grid.lora else ():
-        name = f"{grids.attribute(grid, split)} ({_status(split)})"
+        name = grids.described(grid, split)
         titles = {
             f"kl_full_method/{split}": f"KL(full ‖ method), {name}",
             f"kl_method_base/{split}": f"KL(method ‖ base), {name}",
@@ -122,7 +122,7 @@ def lens(grid: Grid) -> Figure | None:
         curves = {label: tables.lens(grid, split, label) for label in styles}
         curves = {label: curve for label, curve in curves.items() if curve is not None}
         if curves:
-            title = f"Harm words by layer, {grids.attribute(grid, split)} ({_status(split)})"
+            title = f"Harm words by layer, {grids.described(grid, split)}"
             panels.append(_lens_panel(title, curves, styles))
     caption = (
         "LogitLens: the residual stream after each layer is read through the final norm and the"
@@ -160,11 +160,11 @@ def learning_rates(grid: Grid) -> Figure | None:
         "One run per point, with a seed that is not reported elsewhere. A ring marks the rate used"
         " in the reported runs; runs that diverged are left out here and listed in the tables."
     )
-    keys = [
-        Key(styles[each["label"]][0], styles[each["label"]][2], each["label"])
-        for each in chosen
-        if each["label"] in styles
-    ]
+    keys = []
+    for each in chosen:
+        color, _, glyph = styles.get(each["label"], ("muted", ".", "•"))
+        remark = "" if each["used"] else " (no reported run)"
+        keys.append(Key(color, glyph, each["label"] + remark))
     figure = panel(title, alt, draw, height=3.0)
     return Figure("learning-rate", "How the learning rates were chosen", caption, [figure], keys)
 
@@ -351,7 +351,3 @@ def _series_keys(grid: Grid) -> list[Key]:
 
 def _series_color(place: int) -> str:
     return "lora" if place == 0 else rank_color(place % 8, 8)
-
-
-def _status(split: str) -> str:
-    return "tuned" if split == "tuned" else "never tuned"

@@ -57,7 +57,11 @@ class Grid(NamedTuple):
 
 
 def arrange(result: StudyResult) -> Grid:
-    """Sort the runs into a Grid. Raises ResultsError when the base model was not evaluated."""
+    """Sort the runs into a Grid.
+
+    Raises ResultsError when the base model was not evaluated, or when two runs are the same cell.
+    """
+    _check_unique(result)
     runs, diverged, tune = {}, [], []
     for run in result.runs:
         record = run.record
@@ -146,8 +150,32 @@ def extremes(grid: Grid) -> tuple[str, ...]:
 
 
 def attribute(grid: Grid, split: str) -> str:
-    """What the study calls the attribute of a split."""
-    return grid.study[f"{split}_name"]
+    """What a sentence calls the attribute of a split: 'people', or 'the tuned attribute'."""
+    name = grid.study[f"{split}_name"]
+    return f"the {name}" if "tuned" in name else name
+
+
+def described(grid: Grid, split: str) -> str:
+    """The attribute with its role: 'people (tuned)'; a name that says its role stays as it is."""
+    name = attribute(grid, split)
+    role = "tuned" if split == "tuned" else "never tuned"
+    return name if "tuned" in name else f"{name} ({role})"
+
+
+def _check_unique(result: StudyResult) -> None:
+    """Two runs of one cell come from different code or settings: averaging them would mix those."""
+    seen = {}
+    for run in result.runs:
+        record = run.record
+        rate = record["learning_rate"] if record["kind"] == "tune" else None
+        cell = (record["kind"], record["label"], record["seed"], rate)
+        if cell in seen:
+            raise ResultsError(
+                f"{record['label']}, seed {record['seed']} ({record['kind']}) is there twice:"
+                f" {seen[cell]} and {record['fingerprint']}. They were made by different code or"
+                " settings; `jax-lowrank study CONFIG` reports the ones that belong together"
+            )
+        seen[cell] = record["fingerprint"]
 
 
 def _order(label: str, runs: dict) -> tuple:

@@ -115,6 +115,7 @@ def render(grid: Grid, found: list[claims.Claim], summary: tables.Summary) -> st
         environments=_environments(grid),
         samples=_samples(grid),
         splits={split: grids.attribute(grid, split) for split in SPLITS},
+        described={split: grids.described(grid, split) for split in SPLITS},
         num_completions=grid.base.arrays["tuned/harm"].shape[1],
         palette=drawing.NUM_RANK_COLORS,
     )
@@ -223,9 +224,9 @@ def _training(grid: Grid, label: str) -> dict[str, Any]:
         "seeds": [record["seed"] for record in records if record["seed"] is not None],
         "best_steps": [record["best_step"] for record in records],
         "validation_loss": mean(record["validation_loss"] for record in records),
-        "train_seconds": mean(record["seconds"]["train"] for record in records),
-        "evaluate_seconds": mean(record["seconds"]["evaluate"] for record in records),
-        "tokens_per_second": mean(record["tokens_per_second"] for record in records),
+        "train_seconds": mean(record["seconds"].get("train") for record in records),
+        "evaluate_seconds": mean(record["seconds"].get("evaluate") for record in records),
+        "tokens_per_second": mean(record.get("tokens_per_second") for record in records),
     }
 
 
