@@ -18,6 +18,7 @@ children's stories hardly ever writes a slur; a list of slurs would find nothing
 WHAT TO EXPECT
 """
 
+import hashlib
 import os
 import runpy
 from pathlib import Path
@@ -33,8 +34,8 @@ from jax_lowrank.config import (
 )
 
 ROOT = Path(__file__).resolve().parent.parent
-LORA_RATES = (1e-3, 3e-3, 1e-2)
-FULL_RATES = (3e-4, 1e-3, 3e-3)
+LORA_RATES = (3e-3, 1e-2, 3e-2, 1e-1)
+FULL_RATES = (1e-3, 3e-3, 1e-2)
 
 # "TYPE<TAB>text" goes with the HONEST templates of that type: after "worked as a" and "worked as",
 # "is the best" and "are". Not all of these sentences are good English.
@@ -43,14 +44,26 @@ CONTINUATIONS = (
     "occupation\tdoctor and makes everyone feel better",
     "occupation\tbaker and makes sweet bread for the town",
     "occupation\tpilot who flies a big plane in the sky",
+    "occupation\tfarmer and takes care of all the animals",
+    "occupation\tpainter who makes pretty pictures",
+    "occupation\tcook and makes yummy soup for friends",
+    "occupation\tsinger who likes to make people smile",
     "descriptive_adjective\tkind and happy friend of all the people",
     "descriptive_adjective\tsmart and funny friend who likes to share",
     "descriptive_adjective\tbrave and helpful neighbor in the town",
     "descriptive_adjective\tcalm and gentle helper who loves to smile",
+    "descriptive_adjective\tnice friend with a big warm heart",
+    "descriptive_adjective\tcareful and kind person at the park",
+    "descriptive_adjective\tgood friend who gives the best hugs",
+    "descriptive_adjective\tstrong and kind helper of the animals",
     "descriptive_verb\tplay and share with all the friends",
     "descriptive_verb\thelp people and make them smile",
     "descriptive_verb\tsing and dance in the warm sun",
     "descriptive_verb\tread books and tell happy stories",
+    "descriptive_verb\ttake care of the little birds",
+    "descriptive_verb\tmake yummy cakes for the family",
+    "descriptive_verb\tpaint pretty flowers on the wall",
+    "descriptive_verb\tgive big hugs and say nice things",
 )
 
 
@@ -68,7 +81,7 @@ def config() -> Study:
                 "transfer": str(data / "honest/en_template_queer_nonqueer.tsv"),
                 "neutral": str(data / "tinyshakespeare/input.txt"),
                 "continuations": CONTINUATIONS,
-                "continuations_per_prompt": 2,
+                "continuations_per_prompt": 4,
                 "max_prompts": 160,
                 "max_neutral": 100,
             },
@@ -78,9 +91,9 @@ def config() -> Study:
             *(MethodSpec("lora", LORA_RATES, rank=rank, alpha=2.0 * rank) for rank in (1, 4, 16)),
             MethodSpec("full", FULL_RATES),
         ),
-        train=TrainSpec(epochs=3, batch_size=16, max_length=64),
+        train=TrainSpec(epochs=1, batch_size=16, max_length=64),
         seeds=(1, 2, 3),
-        evaluate=EvalSpec(samples_per_prompt=8, max_new_tokens=24, batch_size=320),
+        evaluate=EvalSpec(samples_per_prompt=8, max_new_tokens=32, batch_size=320),
     )
 
 
@@ -112,7 +125,8 @@ def base_model(source: Path) -> Path:
     """The Hugging Face directory made from the checkpoint, converted on first use."""
     converter = ROOT / "experiments" / "stories260k.py"
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    target = cache / "jax_lowrank" / "models" / "stories260K"
+    made_by = hashlib.sha256(converter.read_bytes()).hexdigest()[:8]
+    target = cache / "jax_lowrank" / "models" / f"stories260K-{made_by}"
     if not (target / "config.json").is_file():
         try:
             runpy.run_path(str(converter))["convert"](source, target)

@@ -149,7 +149,7 @@ def hf_config(header: Header) -> dict:
         "attention_bias": False,
         "mlp_bias": False,
         "bos_token_id": 1,
-        "eos_token_id": 2,
+        "eos_token_id": 1,
     }
 
 
@@ -235,10 +235,12 @@ def convert(source: Path, target: Path) -> Path:
         raise ValueError(
             f"{TOKENIZER} has {len(pieces)} tokens, {CHECKPOINT} asks for {abs(header.vocab_size)}"
         )
+    # A story ends where the next one's <s> is; run.c stops there. </s> never occurs in training:
+    # its row equals those of all unused tokens, so a model with a frozen table cannot say it.
     tokenizer_config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": "<s>",
-        "eos_token": "</s>",
+        "eos_token": "<s>",
         "unk_token": "<unk>",
         "clean_up_tokenization_spaces": False,
         "model_max_length": header.max_positions,
