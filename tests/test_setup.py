@@ -158,12 +158,11 @@ def test_make_installs_once_and_again_when_the_lock_is_newer(tmp_path, target, s
     assert "-m venv" in missing
     assert missing.count(" install -c constraints.txt") == len(stamps)
     (tmp_path / "bin").mkdir()
-    (tmp_path / "bin" / "python").touch()
-    for stamp in stamps:
-        (tmp_path / stamp).touch()
+    for file in ["bin/python", *stamps]:
+        (tmp_path / file).touch()
     assert "pip" not in dry_run(target, tmp_path)
-    for stamp in stamps:
-        os.utime(tmp_path / stamp, (0, 0))
+    for time, file in enumerate(["bin/python", *stamps]):  # all older than the lock
+        os.utime(tmp_path / file, (time, time))
     stale = dry_run(target, tmp_path)
     assert "-m venv" not in stale
     assert stale.count(" install -c constraints.txt") == len(stamps)
