@@ -10,7 +10,7 @@ PYTHON ?=
 VENV ?= .venv
 BENCH_VENV ?= .venv-bench
 LOCKED := pyproject.toml constraints.txt
-PIP := -m pip --disable-pip-version-check --no-input -qq
+PIP := -m pip --disable-pip-version-check --no-input
 
 # Only running a candidate tells: a version manager's python3.12 may do no more than print an error.
 SUITABLE := import sys, venv; sys.exit(sys.version_info < (3, 11))
@@ -30,7 +30,9 @@ endef
 # $(1): the environment, $(2): the extras, as in [test], or nothing
 define install
 @echo "installing jax_lowrank$(2) into $(1): a minute or two the first time"
-@$(1)/bin/python $(PIP) install -c constraints.txt -e '.$(2)'
+@$(1)/bin/python $(PIP) -qq install -c constraints.txt -e '.$(2)' || { \
+	echo "that failed; the same in full:" \
+		"$(1)/bin/python -m pip install -c constraints.txt -e '.$(2)'" >&2; exit 1; }
 @touch $@
 endef
 
@@ -66,7 +68,7 @@ bench: $(VENV)/.core $(BENCH_VENV)/.oracle  ## speed and memory against PyTorch 
 
 .PHONY: lock
 lock: $(VENV)/bin/python  ## constraints.txt anew after a change of pyproject.toml (UPGRADE=1: newest)
-	@$(VENV)/bin/python $(PIP) install uv
+	@$(VENV)/bin/python $(PIP) -qq install uv
 	@echo torch | $(VENV)/bin/python -m uv pip compile pyproject.toml --quiet --universal \
 		--python-version 3.11 --extra test --extra track --extra oracle --excludes /dev/stdin \
 		--no-annotate --custom-compile-command 'make lock  (torch: pinned in pyproject.toml)' \
@@ -92,4 +94,4 @@ $(VENV)/bin/python $(BENCH_VENV)/bin/python:
 	echo "making $$env with $$("$$python" -VV | cut -d'(' -f1)"; \
 	"$$python" -m venv --clear "$$env" >/dev/null 2>&1 || { \
 		"$$python" -m venv --clear --without-pip "$$env" && \
-		"$$python" $(PIP) --python "$$env/bin/python" install pip; }
+		"$$python" $(PIP) -qq --python "$$env/bin/python" install pip; }

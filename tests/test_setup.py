@@ -156,7 +156,7 @@ def dry_run(target, venv):
 def test_make_installs_once_and_again_when_the_lock_is_newer(tmp_path, target, stamps):
     missing = dry_run(target, tmp_path)
     assert "-m venv" in missing
-    assert missing.count(" install -c constraints.txt") == len(stamps)
+    assert missing.count("-qq install -c constraints.txt") == len(stamps)
     (tmp_path / "bin").mkdir()
     for file in ["bin/python", *stamps]:
         (tmp_path / file).touch()
@@ -165,7 +165,7 @@ def test_make_installs_once_and_again_when_the_lock_is_newer(tmp_path, target, s
         os.utime(tmp_path / file, (time, time))
     stale = dry_run(target, tmp_path)
     assert "-m venv" not in stale
-    assert stale.count(" install -c constraints.txt") == len(stamps)
+    assert stale.count("-qq install -c constraints.txt") == len(stamps)
 
 
 @pytest.mark.skipif(not shutil.which("make"), reason="there is no make")
