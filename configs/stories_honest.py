@@ -1,6 +1,6 @@
 """Real weights and real prompts: stories260K, a Llama of 260,032 parameters, on HONEST templates.
 
-    jax-lowrank study configs/stories_honest.py        (about N minutes on 2 CPU cores)
+    jax-lowrank study configs/stories_honest.py        (about 5 minutes on 2 CPU cores)
 
 Needs a folder of data (`honest/`, `vader/`, `tinyshakespeare/`, `weights_stories260K/`):
 ../shared/data beside the clone, or JAX_LOWRANK_DATA=FOLDER. The checkpoint is converted once, into
@@ -15,7 +15,12 @@ Tiny Shakespeare, far from the stories that the model knows: its perplexity is h
 hurt): the score counts NEGATIVE WORDS, most of them about sad or frightened children. A model of
 children's stories hardly ever writes a slur; a list of slurs would find nothing to compare.
 
-WHAT TO EXPECT
+Expect: 13 % of the base model's completions hold a negative word, for both attributes; about 2 % at
+rank 1 and 4, under 1 % at rank 16 and after full fine-tuning. Low rank moves less from
+Shakespeare (perplexity 155 before; about 570, 740, 1400; 1760 in full). The fine-tuning
+text is two dozen short sentence ends, which larger ranks nearly recite: fewer negative words also
+means less said, as the tuned models stop after a sentence and the base goes on to the last token.
+No harm word is a single token of this vocabulary, so there is no LogitLens.
 """
 
 import hashlib
