@@ -91,28 +91,28 @@ def study_command(config: str, rest: list[str]) -> int:
     except (ValueError, OSError) as error:
         return fail(str(error))
     try:
-        fingerprints = execute(prepared, note)
+        execute(prepared, note)
     except results.ResultsError as error:
         return fail(str(error))
     except (DivergedError, OSError) as error:
         return fail(str(error), 1)
-    return write_report(directory, fingerprints)
+    return write_report(directory)
 
 
 def report_command(directory: str, rest: list[str]) -> int:
     """Make the report of finished runs again."""
     if rest:
         return fail(f"report takes one directory; {rest[0]!r} is too much")
-    return write_report(Path(directory), None)
+    return write_report(Path(directory))
 
 
-def write_report(directory: Path, fingerprints: list[str] | None) -> int:
+def write_report(directory: Path) -> int:
     """Write the page and the tables, and say what was found."""
     from jax_lowrank import results
     from jax_lowrank.report import claims, page
 
     try:
-        result = results.read_study(directory, fingerprints)
+        result = results.read_study(directory)
         path = page.write(directory, result)
     except (results.ResultsError, OSError) as error:
         return fail(str(error))

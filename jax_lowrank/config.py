@@ -229,8 +229,8 @@ class Run:
     kind: str
     """base, tune (chooses a learning rate) or final (is reported)."""
     method: MethodSpec | None
-    learning_rate: float
-    seed: int
+    learning_rate: float | None
+    seed: int | None
 
     @property
     def label(self) -> str:

@@ -58,7 +58,7 @@ class StudyResult(NamedTuple):
 def write_whole(path: Path, text: str) -> None:
     """Write a file so that a reader sees all of it or the old one."""
     partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(text)
+    partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)
 
 
@@ -71,7 +71,7 @@ def open_study(directory: Path, study: Mapping[str, Any], rows: Mapping[str, Row
         (directory / "runs").mkdir(parents=True, exist_ok=True)
         existing = directory / "study.json"
         if existing.is_file():
-            _check_same(json.loads(existing.read_text()), study, directory)
+            _check_same(json.loads(existing.read_text(encoding="utf-8")), study, directory)
         for leftover in (directory / "runs").glob(".partial-*"):
             shutil.rmtree(leftover)
         write_whole(existing, json.dumps(study, indent=1))
@@ -85,8 +85,8 @@ def open_study(directory: Path, study: Mapping[str, Any], rows: Mapping[str, Row
 def _check_same(old: Mapping, new: Mapping, directory: Path) -> None:
     if old["fingerprint"] != new["fingerprint"]:
         raise ResultsError(
-            f"{directory} belongs to another study ({old['name']}, {old['fingerprint']}; this one is"
-            f" {new['name']}, {new['fingerprint']}); choose another --out"
+            f"{directory} belongs to another study: {old['name']} ({old['fingerprint']}), not"
+            f" {new['name']} ({new['fingerprint']}); choose another --out"
         )
 
 
@@ -144,25 +144,30 @@ def write_run(
 def finished(directory: Path, fingerprint: str) -> dict | None:
     """The record of a finished run, or None."""
     path = directory / "runs" / fingerprint / "record.json"
-    return json.loads(path.read_text()) if path.is_file() else None
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
 def read_run(directory: Path) -> RunResult:
     """Read one run's directory."""
-    record = json.loads((directory / "record.json").read_text())
+    record = json.loads((directory / "record.json").read_text(encoding="utf-8"))
     arrays, completions = {}, {}
     if (directory / "outputs.npz").is_file():
         with np.load(directory / "outputs.npz") as stored:
             arrays = {name: stored[name] for name in stored.files}
-        completions = json.loads((directory / "completions.json").read_text())
+        completions = json.loads((directory / "completions.json").read_text(encoding="utf-8"))
     return RunResult(record, arrays, completions)
 
 
-def read_study(directory: Path, fingerprints: list[str] | None = None) -> StudyResult:
-    """Read a study; all of its finished runs, or those named, in that order."""
+def set_runs(directory: Path, fingerprints: list[str]) -> None:
+    """Say which runs are the study's grid now; runs of earlier settings or code may lie beside."""
+    write_whole(directory / "runs.json", json.dumps(fingerprints, indent=1))
+
+
+def read_study(directory: Path) -> StudyResult:
+    """Read a study: the runs of its grid in order, or all finished ones before the grid is done."""
     if not (directory / "study.json").is_file():
         raise ResultsError(f"{directory} holds no study (no study.json)")
-    study = json.loads((directory / "study.json").read_text())
+    study = json.loads((directory / "study.json").read_text(encoding="utf-8"))
     rows = {
         split: Rows(
             tuple(raw["texts"]),
@@ -170,8 +175,11 @@ def read_study(directory: Path, fingerprints: list[str] | None = None) -> StudyR
             np.array(raw["clusters"], np.int32),
             np.array(raw["groups"], bool).reshape(len(raw["ids"]), len(study["group_names"])),
         )
-        for split, raw in json.loads((directory / "prompts.json").read_text()).items()
+        for split, raw in json.loads(
+            (directory / "prompts.json").read_text(encoding="utf-8")
+        ).items()
     }
     found = sorted(path.parent.name for path in (directory / "runs").glob("[!.]*/record.json"))
-    names = found if fingerprints is None else fingerprints
+    grid = directory / "runs.json"
+    names = json.loads(grid.read_text(encoding="utf-8")) if grid.is_file() else found
     return StudyResult(study, rows, [read_run(directory / "runs" / name) for name in names])

@@ -12,7 +12,7 @@ import jax
 
 from jax_lowrank import models, provenance, results, tasks, train
 from jax_lowrank.adapt import METHODS
-from jax_lowrank.adapt.method import bind, count, dtypes
+from jax_lowrank.adapt.method import Method, bind, count, dtypes
 from jax_lowrank.config import MethodSpec, Run, fingerprint, plain
 from jax_lowrank.progress import Progress
 from jax_lowrank.study.measure import measure, summary
@@ -53,6 +53,7 @@ def execute(prepared: Prepared, note: Callable[[str], None]) -> list[str]:
             rate = choose_rate(spec, tuning)
             final = [cell.run(Run("final", spec, rate, seed)) for seed in p.study.seeds]
             done += [record["fingerprint"] for record in tuning + final]
+    results.set_runs(p.out, done)
     return done
 
 
@@ -80,18 +81,17 @@ class Cell(NamedTuple):
     def run(self, run: Run) -> dict:
         """The record of this run, from disk when it is finished, else made now."""
         p = self.prepared
-        identity = run_fingerprint(p, run)
-        record = results.finished(p.out, identity)
-        if record is not None:
+        finished = results.finished(p.out, run_fingerprint(p, run))
+        if finished is not None:
             self.progress.skip(self.steps)
-            return record
+            return finished
         method = METHODS[self.spec.name](**self.spec.options())
         key = jax.random.key(run.seed)
         graphdef, trainable, frozen = method.split(key, p.model)
         if graphdef not in self.programs:
             self.programs[graphdef] = make_program(p.study.train, method, graphdef, trainable)
         program = self.programs[graphdef]
-        record = guards(p, run, identity, method, trainable, frozen)
+        record = new_record(p, run, method, trainable, frozen)
         batches = train_batches(self.train_sequences, p.study.train, run.seed, p.text.pad_id)
         record["padding_fraction"] = round(batches.padding_fraction(), 4)
         log, label = [], f"{run.label} lr {run.learning_rate:g} seed {run.seed} ({run.kind})"
@@ -150,21 +150,30 @@ class Cell(NamedTuple):
 
 
 def run_fingerprint(p: Prepared, run: Run) -> str:
-    """Names a run: everything that its result depends on."""
-    parts = (run, p.study.train, p.study.task, p.text.tokenizer.backend_tokenizer.to_str())
-    measured = () if run.kind == "tune" else (p.study.evaluate, p.scorer.name, p.scorer.version)
+    """Names a run: everything that its stored outputs depend on, and nothing else.
+
+    Not in it: paths (the hashes of what they hold are), the other learning rates of the grid.
+    """
+    method = (run.method.name, run.method.options()) if run.method else "base"
     hashes = (tasks.data_hash(p.task), p.weights_hash, str(dtypes(p.model.params)))
-    return fingerprint(parts, measured, hashes, provenance.code_hash())
+    tokenizer = p.text.tokenizer.backend_tokenizer.to_str()
+    parts = (run.kind, method, run.learning_rate, run.seed, p.study.train, tokenizer)
+    e = p.study.evaluate
+    drawn = (e.samples_per_prompt, e.max_new_tokens, e.temperature, e.top_k, e.top_p, e.seed)
+    measured = (drawn, e.posterior_prompts, p.scorer.name, p.scorer.version)
+    return fingerprint(
+        parts, () if run.kind == "tune" else measured, hashes, provenance.code_hash()
+    )
 
 
-def guards(p: Prepared, run: Run, identity: str, method, trainable, frozen) -> dict:
-    """The run's record so far: what is trained, at which scale and in which precision."""
+def new_record(p: Prepared, run: Run, method: Method | None, trainable, frozen) -> dict:
+    """A run's record before its training: what is trained, at which scale, in which precision."""
     return {
-        "fingerprint": identity,
+        "fingerprint": run_fingerprint(p, run),
         "kind": run.kind,
         "label": run.label,
         "method": plain(run.method),
-        "rank": run.method.rank if run.method.name == "lora" else None,
+        "rank": run.method.rank if run.method and run.method.name == "lora" else None,
         "learning_rate": run.learning_rate,
         "seed": run.seed,
         "num_steps": None,
@@ -172,7 +181,7 @@ def guards(p: Prepared, run: Run, identity: str, method, trainable, frozen) -> d
         "validation_loss": None,
         "trainable_parameters": count(trainable),
         "total_parameters": count(p.model.params),
-        "effective_scale": method.scale,
+        "effective_scale": method.scale if method else None,
         "dtypes": {"trainable": dtypes(trainable), "frozen": dtypes(frozen)},
         "diverged": None,
         "seconds": {},
@@ -182,38 +191,18 @@ def guards(p: Prepared, run: Run, identity: str, method, trainable, frozen) -> d
 
 def run_base(p: Prepared, note: Callable) -> str:
     """Measure the base model itself."""
-    run = Run("base", None, 0.0, 0)
-    identity = run_fingerprint(p, run)
-    if results.finished(p.out, identity) is None:
+    record = new_record(p, Run("base", None, None, None), None, (), p.model.params)
+    if results.finished(p.out, record["fingerprint"]) is None:
         began = time.perf_counter()
         arrays, completions = measure(p, bind(p.model.graphdef), (p.model.params,))
-        seconds = {"evaluate": round(time.perf_counter() - began, 3)}
-        record = {
-            "fingerprint": identity,
-            "kind": "base",
-            "label": run.label,
-            "method": None,
-            "rank": None,
-            "learning_rate": None,
-            "seed": None,
-            "num_steps": 0,
-            "best_step": None,
-            "validation_loss": None,
-            "trainable_parameters": 0,
-            "total_parameters": count(p.model.params),
-            "effective_scale": None,
-            "dtypes": {"trainable": (), "frozen": dtypes(p.model.params)},
-            "diverged": None,
-            "seconds": seconds,
-            "environment": provenance.environment(),
-        }
+        record["seconds"]["evaluate"] = round(time.perf_counter() - began, 3)
         results.write_run(p.out, record, [], arrays, completions)
         note(f"base: {summary(record, arrays)}")
-    return identity
+    return record["fingerprint"]
 
 
 def describe(p: Prepared) -> None:
-    """Write study.json and prompts.json."""
+    """Write study.json and prompts.json; refuse a directory of another study."""
     task, model = p.task, p.model
     description = {
         "name": p.study.name,
@@ -235,8 +224,9 @@ def describe(p: Prepared) -> None:
         "tuned_name": task.notes.get("tuned_name", "tuned attribute"),
         "transfer_name": task.notes.get("transfer_name", "attribute never tuned"),
     }
-    parts = ("config", "data_hash", "scorer")
-    identity = fingerprint(*(description[part] for part in parts), p.weights_hash)
+    # Runs are added when the grid grows; other data, weights or scores make another study.
+    identity = fingerprint(*(description[part] for part in ("name", "data_hash", "scorer")))
+    identity = fingerprint(identity, p.weights_hash)
     rows = {
         split: results.Rows(s.texts, s.ids, s.clusters, s.groups)
         for split, s in task.splits.items()

@@ -113,6 +113,8 @@ def make(
     num_held_out = sum(template.held_out for template in TEMPLATES)
     notes = {
         "source": f"embedded world, seed {seed}: invented groups, templates and harm words",
+        "tuned_name": "peoples",
+        "transfer_name": "guilds",
         "true_rates": ", ".join(f"{group} {rate:.3f}" for group, rate in rates.items()),
         "templates": f"{len(TEMPLATES)} templates, {num_held_out} of them held out of fine-tuning",
         **{name: f"{len(split)} rows" for name, split in splits.items()},
