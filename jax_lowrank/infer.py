@@ -32,7 +32,7 @@ class Likelihood(NamedTuple):
 
 
 class NextToken(NamedTuple):
-    """Per prompt: log-probabilities (N, V), and the mass of a token set by layer (N, L+1); float32."""
+    """Per prompt, float32: log-probabilities (N, V), mass of a token set by layer (N, L+1)."""
 
     log_posterior: np.ndarray
     lens_mass: np.ndarray
@@ -124,8 +124,6 @@ def generate(apply, states, tokens, mask, keys, *, max_new_tokens, sampling, eos
     """
     model = apply(*states)
     batch, length = tokens.shape
-    # Unrolled layers let the compiler lift their weights out of the loop over tokens.
-    model.unroll = model.cache_shape[0] if jax.default_backend() == "cpu" else 1
     cache = model.new_cache(batch, length + max_new_tokens)
     logits, cache = model.step(tokens, mask, cache)
     drawn = jnp.full((batch, max_new_tokens), pad_id, jnp.int32)

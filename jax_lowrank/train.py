@@ -133,7 +133,8 @@ def run_steps(
         trainable, opt_state, losses, norms = carry
         batch = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), batches)
         value, grads = gradient(trainable, batch, jax.random.fold_in(key, first + i))
-        updates, opt_state = optimizer.update(grads, opt_state, trainable)
+        with jax.numpy_dtype_promotion("standard"):  # optax needs it, also where strict is set
+            updates, opt_state = optimizer.update(grads, opt_state, trainable)
         trainable = jax.tree.map(lambda p, u: p - rates[i] * u, trainable, updates)
         norm = optax.tree.norm(grads)
         return trainable, opt_state, losses.at[i].set(value), norms.at[i].set(norm)

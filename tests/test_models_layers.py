@@ -1,11 +1,13 @@
 """Hand-written derivatives against JAX's own derivative of the plain formula, in float32."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_lowrank.models import layers
+from jax_lowrank.models import layers, output
 
 
 def draws(*shapes):
@@ -65,7 +67,7 @@ def plain_nll(hidden, table, targets):
 
 
 # Fewer rows than a chunk, several whole chunks, and a number that chunks do not divide.
-ROWS = (9, 2 * layers.NLL_CHUNK, layers.NLL_CHUNK + 88)
+ROWS = (9, 2 * output.NLL_CHUNK, output.NLL_CHUNK + 88)
 
 
 @pytest.mark.parametrize("rows", ROWS)
@@ -74,24 +76,24 @@ def test_token_nll(rows, trained):
     hidden, table, g = draws((rows, 6), (13, 6), (rows,))
     targets = jax.random.randint(jax.random.key(1), (rows,), 0, 13)
     if trained:
-        ours = lambda h, e: layers.token_nll(h, e, targets)  # noqa: E731
+        ours = lambda h, e: output.token_nll(h, e, targets)  # noqa: E731
         plain, args = (lambda h, e: plain_nll(h, e, targets)), (hidden, table)
     else:
-        ours = lambda h: layers.token_nll(h, table, targets)  # noqa: E731
+        ours = lambda h: output.token_nll(h, table, targets)  # noqa: E731
         plain, args = (lambda h: plain_nll(h, table, targets)), (hidden,)
     assert_same_value_and_gradients(ours, plain, args, g)
     if not trained:  # without a derivative
-        value, expected = jax.jit(layers.token_nll)(hidden, table, targets), plain(hidden)
+        value, expected = jax.jit(output.token_nll)(hidden, table, targets), plain(hidden)
         np.testing.assert_allclose(value, expected, atol=1e-5)
 
 
 def test_token_nll_keeps_few_logits_when_the_table_is_frozen():
-    rows = 4 * layers.NLL_CHUNK
+    rows = 4 * output.NLL_CHUNK
     hidden, table = draws((rows, 6), (13, 6))
     targets = jnp.zeros(rows, jnp.int32)
 
     def loss(hidden, table):
-        return layers.token_nll(hidden, table, targets).sum()
+        return output.token_nll(hidden, table, targets).sum()
 
     frozen, trained = (
         str(jax.make_jaxpr(jax.grad(loss, argnums))(hidden, table)) for argnums in (0, (0, 1))
@@ -103,9 +105,43 @@ def test_token_nll_of_large_logits_is_finite():
     hidden = jnp.array([[300.0, 0.0], [0.0, -300.0]])
     table = jnp.eye(2)
     value, gradient = jax.value_and_grad(
-        lambda h: layers.token_nll(h, table, jnp.array([1, 1])).sum()
+        lambda h: output.token_nll(h, table, jnp.array([1, 1])).sum()
     )(hidden)
     assert float(value) == 600.0 and np.isfinite(gradient).all()
+
+
+@pytest.mark.parametrize("name", ["gelu", "gelu_tanh", "swiglu"])
+def test_activations(name):
+    x, y, g = draws((9, 5), (9, 5), (9, 5))
+    plain = {
+        "gelu": lambda x: x * (1 + jax.lax.erf(x / math.sqrt(2))) / 2,
+        "gelu_tanh": lambda x: (
+            x * (1 + jnp.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))) / 2
+        ),
+        "swiglu": lambda x, y: x / (1 + jnp.exp(-x)) * y,
+    }[name]
+    args = (x, y) if name == "swiglu" else (x,)
+    assert_same_value_and_gradients(getattr(layers, name), plain, args, g)
+
+
+@pytest.mark.parametrize("heads", [2, 4])
+@pytest.mark.parametrize("masked", [False, True])
+def test_mix(heads, masked):
+    q, k, v, g = draws((3, 7, 4, 6), (3, 7, heads, 6), (3, 7, heads, 6), (3, 7, 4, 6))
+    causal = jnp.tril(jnp.ones((7, 7), bool))[None, None]
+    # A pad in front of row 1 and a window of 3; every query still sees itself.
+    seen = jnp.array([[True] * 7, [False] + [True] * 6, [True] * 7])[:, None, None]
+    band = causal & ~jnp.tril(jnp.ones((7, 7), bool), -3)[None, None]
+    allowed = (band & seen) | jnp.eye(7, dtype=bool)[None, None] if masked else None
+
+    def plain(q, k, v):
+        k, v = (jnp.repeat(x, 4 // heads, axis=2) for x in (k, v))
+        scores = jnp.einsum("bshn,bthn->bhst", q, k) / math.sqrt(6)
+        scores = jnp.where(allowed if masked else causal, scores, -jnp.inf)
+        return jnp.einsum("bhst,bthn->bshn", jax.nn.softmax(scores), v)
+
+    ours = lambda q, k, v: layers.mix(q, k, v, allowed)  # noqa: E731
+    assert_same_value_and_gradients(ours, plain, (q, k, v), g)
 
 
 def test_attention_mixes_only_what_is_allowed():

@@ -99,7 +99,7 @@ def test_the_directory_of_another_study_is_refused(tmp_path):
 
 def test_a_directory_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(ResultsError, match="cannot write results to .*file"):
+    with pytest.raises(ResultsError, match=r"cannot write results to .*file"):
         results.open_study(tmp_path / "file" / "out", STUDY, ROWS)
 
 

@@ -237,24 +237,29 @@ def _rate_interval(rate, low, high, n) -> Interval:
 
 
 def checked_level(level: float) -> float:
+    """The level itself; ValueError unless it lies in (0, 1)."""
     if not 0 < level < 1:
         raise ValueError(f"level must lie strictly between 0 and 1 (e.g. 0.95), not {level}")
     return level
 
 
 def too_few(num_clusters: int) -> str:
+    """Why this many clusters give no interval."""
     return "no values" if num_clusters == 0 else "one cluster: nothing to resample"
 
 
 def is_constant(replicates: np.ndarray) -> bool:
+    """Whether all replicates are the same number, up to rounding."""
     return bool(np.ptp(replicates) <= 1e-12 * max(1.0, np.abs(replicates).max()))
 
 
 def divide(top: np.ndarray, bottom: np.ndarray) -> np.ndarray:
+    """top / bottom, NaN where bottom is 0."""
     return np.divide(top, bottom, out=np.full(np.shape(top), np.nan), where=bottom != 0)
 
 
 def pooled_mean(sums: np.ndarray, counts: np.ndarray) -> float:
+    """Sum of sums over sum of counts, NaN without any."""
     return float(divide(sums.sum(), counts.sum()))
 
 

@@ -6,15 +6,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jax_lowrank.models.layers import (
-    Array,
-    Cache,
-    Embedding,
-    make_context,
-    scan_layers,
-    token_nll,
-    unembed,
-)
+from jax_lowrank.models.layers import Array, Cache, Embedding, make_context, scan_layers
+from jax_lowrank.models.output import token_nll, unembed
 
 
 class Decoder(nnx.Module):
@@ -43,9 +36,6 @@ class Decoder(nnx.Module):
         )
         self.cache_shape, self.window = cache_shape, window  # (L, K, N)
         self.remat = False  # recompute each block in the backward pass: less memory, one more pass
-        self.unroll = (
-            1  # layers per loop turn; all of them when speed matters more than compile time
-        )
 
     def hidden(
         self,
@@ -59,7 +49,7 @@ class Decoder(nnx.Module):
         x = self.embed(tokens)
         if self.position is not None:
             x = x + self.position(context.positions)
-        return scan_layers(self.blocks, x, context, cache, remat=self.remat, unroll=self.unroll)
+        return scan_layers(self.blocks, x, context, cache, remat=self.remat)
 
     @property
     def output_table(self) -> Array:

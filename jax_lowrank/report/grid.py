@@ -33,6 +33,7 @@ class Grid(NamedTuple):
 
     @property
     def base(self) -> RunResult:
+        """The run of the base model."""
         return self.runs[BASE][-1]
 
     @property
@@ -44,6 +45,7 @@ class Grid(NamedTuple):
 
     @property
     def lora(self) -> tuple[str, ...]:
+        """Labels of all other methods."""
         return tuple(name for name in self.labels if name != self.full)
 
     @property

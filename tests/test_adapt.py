@@ -1,0 +1,260 @@
+"""One conformance suite over every row of METHODS, with its options, on two families."""
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from tiny import apply_of, assert_close, logits_of, model_of, oracle_of
+
+from jax_lowrank import models, train
+from jax_lowrank.adapt import METHODS
+from jax_lowrank.adapt.method import count, dtypes
+from jax_lowrank.data import Batch
+
+LORA = {"rank": 4, "alpha": 8.0}
+# name -> (row of METHODS, options, adapted layers of 2, adapted modules by family)
+ALL = {
+    "gpt2": ("qkv", "out", "up", "down"),
+    "llama_tied": (*"qkv", "out", "gate", "up", "down"),
+}
+ATTENTION = {"gpt2": ("qkv", "out"), "llama_tied": (*"qkv", "out")}
+QV = {"gpt2": ("qkv",), "llama_tied": ("q", "v")}
+SOME = {"gpt2": ("out", "down"), "llama_tied": ("out", "down")}
+PATTERN = r"blocks\.(attn\.out|mlp\.down)"
+CASES = {
+    "full": ("full", {}, 2, None),
+    "lora": ("lora", LORA, 2, ALL),
+    "rslora": ("lora", {**LORA, "rslora": True}, 2, ALL),
+    "dropout": ("lora", {**LORA, "dropout": 0.3}, 2, ALL),
+    "first": ("lora", {**LORA, "layer_fraction": 0.5, "layers": "first"}, 1, ALL),
+    "last": ("lora", {**LORA, "layer_fraction": 0.5, "layers": "last"}, 1, ALL),
+    "random": ("lora", {**LORA, "layer_fraction": 0.5, "layers": "random"}, 1, ALL),
+    "qv": ("lora", {**LORA, "targets": "qv"}, 2, QV),
+    "attention": ("lora", {**LORA, "targets": "attention"}, 2, ATTENTION),
+    "pattern": ("lora", {"rank": 1, "alpha": 1.0, "targets": PATTERN}, 2, SOME),
+}
+FAMILIES = ("gpt2", "llama_tied")
+every_case = pytest.mark.parametrize("case", CASES)
+both_families = pytest.mark.parametrize("family", FAMILIES)
+
+
+def test_every_method_is_in_the_suite():
+    assert {row for row, *_ in CASES.values()} == set(METHODS)
+
+
+class Made(NamedTuple):
+    model: Any
+    method: Any
+    graphdef: Any
+    trainable: Any
+    frozen: Any
+
+
+@functools.cache
+def made(case, family):
+    """A case's method on a family, split with key 3."""
+    row, options, _, _ = CASES[case]
+    method = METHODS[row](**options)
+    model = model_of(family)
+    return Made(model, method, *method.split(jax.random.key(3), model))
+
+
+def perturbed(trainable, scale=0.1):
+    """The trainable state with noise on every array, drawn on the host."""
+    rng = np.random.default_rng(5)
+    return jax.tree.map(
+        lambda x: x + scale * rng.standard_normal(x.shape).astype(np.float32), trainable
+    )
+
+
+def batches_of(family, steps=3):
+    """The oracle's tokens as `steps` batches of 3 rows with ragged ends."""
+    tokens = np.stack([np.roll(oracle_of(family)["tokens"], t, axis=1) for t in range(steps)])
+    weights = np.ones(tokens.shape, np.float32)
+    weights[:, :, 0], weights[:, 1, 15:], weights[:, 2, 9:] = 0, 0, 0
+    return Batch(tokens, weights)
+
+
+def optimizer_of(m):
+    return train.make_optimizer(
+        m.trainable, weight_decay=0.01, clip=1.0, transform=m.method.transform
+    )
+
+
+def copied(tree):
+    """A copy that a donating function may destroy."""
+    return jax.tree.map(lambda x: jnp.array(x, copy=True), tree)
+
+
+# ---------------------------------------------------------------------------- conformance suite
+
+
+def op_by_op(graphdef, states, tokens):
+    """Logits without XLA's freedom to reorder sums."""
+    with jax.disable_jit():
+        return np.asarray(nnx.merge(graphdef, *states)(tokens))
+
+
+@both_families
+@every_case
+def test_output_is_unchanged_at_init(case, family):
+    m, tokens = made(case, family), oracle_of(family)["tokens"]
+    base = op_by_op(m.model.graphdef, (m.model.params,), tokens)
+    np.testing.assert_array_equal(op_by_op(m.graphdef, (m.trainable, m.frozen), tokens), base)
+    # Compiled, XLA may order the sums otherwise: the last bit may differ.
+    compiled = logits_of(m.graphdef, (m.trainable, m.frozen), tokens)
+    base = logits_of(m.model.graphdef, (m.model.params,), tokens)
+    assert_close(compiled, base, atol=2e-6, rtol=1e-6)
+
+
+@both_families
+@every_case
+def test_merged_equals_unmerged(case, family):
+    m, tokens = made(case, family), oracle_of(family)["tokens"]
+    trainable = perturbed(m.trainable)
+    unmerged = logits_of(m.graphdef, (trainable, m.frozen), tokens)
+    params = m.method.merge(m.graphdef, trainable, m.frozen)
+    merged = logits_of(m.model.graphdef, (params,), tokens)
+    assert_close(merged, unmerged)
+    base = logits_of(m.model.graphdef, (m.model.params,), tokens)
+    assert float(jnp.abs(unmerged - base).max()) > 0.1
+    # Merging is pure: the states it was given still give what they gave.
+    again = logits_of(m.graphdef, (trainable, m.frozen), tokens)
+    np.testing.assert_array_equal(again, unmerged)
+
+
+@pytest.mark.parametrize(
+    ("case", "family"),
+    [(c, "gpt2") for c in CASES] + [(c, "llama_tied") for c in ("full", "lora", "random", "qv")],
+)
+def test_training_moves_only_what_is_trained_and_compiles_once(case, family):
+    m = made(case, family)
+    held = (m.frozen, m.model.params)
+    before = [np.asarray(x).copy() for x in jax.tree.leaves(held)]
+    start = [np.asarray(x).copy() for x in jax.tree.leaves(m.trainable)]
+    optimizer, trainable = optimizer_of(m), copied(m.trainable)
+    opt_state, compiled, losses = optimizer.init(trainable), train.run_steps._cache_size(), []
+    for rate, steps in ((1e-2, 3), (3e-3, 2), (1e-3, 1)):
+        trainable, opt_state, loss, _ = train.run_steps(
+            apply=apply_of(m.graphdef),
+            loss=train.causal_lm_loss,
+            optimizer=optimizer,
+            accumulate=1,
+            trainable=trainable,
+            opt_state=opt_state,
+            frozen=m.frozen,
+            batches=batches_of(family),
+            rates=np.full(3, rate, np.float32),
+            count=steps,
+            key=jax.random.key(steps),
+            first=steps,
+        )
+        losses += loss[:steps].tolist()
+    assert train.run_steps._cache_size() == compiled + 1
+    after = [np.asarray(x) for x in jax.tree.leaves(held)]
+    assert all(a.tobytes() == b.tobytes() for a, b in zip(after, before, strict=True))
+    moved = [np.asarray(x) for x in jax.tree.leaves(trainable)]
+    assert all((a != b).any() for a, b in zip(moved, start, strict=True))
+    assert np.isfinite(losses).all() and losses[-1] < losses[0]
+
+
+# Sizes of the linear layers (in, out), from the configurations in README.md of the fixtures.
+LINEAR = {
+    "gpt2": {"qkv": (32, 96), "out": (32, 32), "up": (32, 128), "down": (128, 32)},
+    "llama_tied": {
+        "q": (24, 32),
+        "k": (24, 16),
+        "v": (24, 16),
+        "out": (32, 24),
+        "gate": (24, 40),
+        "up": (24, 40),
+        "down": (40, 24),
+    },
+}
+WHOLE = {
+    # tokens, positions, final norm; per layer two norms, kernels, biases
+    "gpt2": 97 * 32 + 64 * 32 + 64 + 2 * (4 * 32 + 12 * 32**2 + 9 * 32),
+    # tokens (tied), final norm; per layer two norms and the kernels
+    "llama_tied": 61 * 24 + 24 + 2 * (2 * 24 + 24 * (32 + 16 + 16 + 32) + 3 * 24 * 40),
+}
+
+
+@both_families
+@every_case
+def test_sizes_equal_the_closed_form(case, family):
+    row, options, num_layers, modules = CASES[case]
+    m = made(case, family)
+    if row == "full":
+        expected, frozen = WHOLE[family], 0
+    else:
+        rank = options["rank"]
+        expected = num_layers * sum(rank * sum(LINEAR[family][name]) for name in modules[family])
+        frozen = WHOLE[family]
+    assert (count(m.trainable), count(m.frozen)) == (expected, frozen)
+    # Adam: two moments per trained scalar and the number of steps; nothing for frozen ones.
+    assert count(optimizer_of(m).init(m.trainable)) == 2 * expected + 1
+    assert dtypes(m.trainable) == ("float32",)
+
+
+@both_families
+@every_case
+def test_trainable_and_frozen_are_two_trees(case, family):
+    m = made(case, family)
+    trainable, frozen = models.by_path(m.trainable), models.by_path(m.frozen)
+    assert not trainable.keys() & frozen.keys()
+    base = models.by_path(m.model.params)
+    if CASES[case][0] == "full":
+        assert trainable.keys() == base.keys()
+    else:
+        assert frozen.keys() == base.keys()
+        assert all(path.split(".")[-2:-1] == ["adapter"] for path in trainable)
+
+
+def coin_flips(rng, rows):
+    """Texts in which a token has two successors, each with probability 1/2: ln 2 nats a token."""
+    tokens = rng.integers(0, 8, (rows, 9)).astype(np.int32)
+    for t in range(1, tokens.shape[1]):
+        tokens[:, t] = (3 * tokens[:, t - 1] + rng.integers(0, 2, rows)) % 8
+    weights = np.ones(tokens.shape, np.float32)
+    weights[:, 0] = 0
+    return Batch(tokens, weights)
+
+
+@pytest.mark.parametrize(("row", "options"), [("full", {}), ("lora", {"rank": 8, "alpha": 16.0})])
+def test_loss_falls_to_the_known_optimum(row, options):
+    config = models.gpt2.GPT2Config(8, 1, 32, 2, 64, 16, tied=False)
+    model = models.create("gpt2", config, jax.random.key(0))
+    # A frozen head with large rows, else no low-rank change could make a prediction sharp.
+    arrays = models.by_path(model.params)
+    arrays["head.table"] = arrays["head.table"] * 25
+    model = model._replace(params=models.with_arrays(model.params, arrays))
+    method, rng, steps = METHODS[row](**options), np.random.default_rng(0), 200
+    m = Made(model, method, *method.split(jax.random.key(0), model))
+    corpus = [coin_flips(rng, 32) for _ in range(steps)]
+    optimizer = optimizer_of(m)
+    trainable, _, losses, _ = train.run_steps(
+        apply=apply_of(m.graphdef),
+        loss=train.causal_lm_loss,
+        optimizer=optimizer,
+        accumulate=1,
+        trainable=copied(m.trainable),
+        opt_state=optimizer.init(m.trainable),
+        frozen=m.frozen,
+        batches=Batch(*(np.stack(part) for part in zip(*corpus, strict=True))),
+        rates=train.Schedule(1e-2, steps, 10, "linear")(np.arange(steps)),
+        count=steps,
+        key=jax.random.key(0),
+    )
+    tokens = coin_flips(rng, 256).tokens
+    params = method.merge(m.graphdef, trainable, m.frozen)
+    logits = logits_of(model.graphdef, (params,), tokens)[:, :-1]
+    log_probs = np.asarray(jax.nn.log_softmax(logits))
+    nll = -np.take_along_axis(log_probs, tokens[:, 1:, None], -1).mean()
+    assert float(losses[0]) > 2
+    # The optimum costs exactly ln 2 on any text; chance can make a fit look better by a little.
+    assert math.log(2) - 0.01 < nll < math.log(2) + 0.03

@@ -1,0 +1,151 @@
+"""Configurations: every rule says the value, the rule and the nearest valid choice."""
+
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+
+from jax_lowrank import config
+from jax_lowrank.adapt import METHODS
+from jax_lowrank.adapt.lora import LAYER_CHOICES
+from jax_lowrank.config import (
+    ConfigError,
+    EvalSpec,
+    MethodSpec,
+    ModelSpec,
+    Run,
+    Study,
+    TaskSpec,
+    TrainSpec,
+    fingerprint,
+    load_config,
+)
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+LORA = MethodSpec("lora", (1e-3,), rank=8)
+
+
+def study(**changed):
+    fields = {
+        "name": "s",
+        "question": "q?",
+        "model": ModelSpec(),
+        "task": TaskSpec(),
+        "methods": (LORA, MethodSpec("full", (1e-4,))),
+        "train": TrainSpec(),
+        "pretrain": TrainSpec(),
+    }
+    return Study(**{**fields, **changed})
+
+
+@pytest.mark.parametrize(
+    ("make", "parts"),
+    [
+        (lambda: MethodSpec("lorra", (1e-3,)), ["'lorra'", "['full', 'lora']", "mean 'lora'"]),
+        (lambda: MethodSpec("full", ()), ["full has no learning rate"]),
+        (lambda: MethodSpec("full", (0.0,)), ["learning rate 0.0 is not positive", "1e-3"]),
+        (lambda: MethodSpec("lora", (1e-3,)), ["rank 0 is below 1", "use 1"]),
+        (lambda: dataclasses.replace(LORA, dropout=1.0), ["dropout 1.0", "[0, 1)"]),
+        (lambda: dataclasses.replace(LORA, layer_fraction=0.0), ["layer_fraction 0.0", "(0, 1]"]),
+        (lambda: dataclasses.replace(LORA, layers="lst"), ["'lst'", "mean 'last'"]),
+        (lambda: ModelSpec(dtype="bf16"), ["model.dtype", "'bf16'", "bfloat16"]),
+        (lambda: TrainSpec(schedule="cosin"), ["'cosin'", "mean 'cosine'"]),
+        (lambda: TrainSpec(epochs=0), ["train.epochs 0 is below 1"]),
+        (lambda: TrainSpec(max_length=1), ["train.max_length 1 is below 2"]),
+        (lambda: TrainSpec(batch_size=10, accumulate=4), ["10", "accumulate 4", "use 8"]),
+        (lambda: TrainSpec(warmup_fraction=1.0), ["warmup_fraction 1.0", "[0, 1)"]),
+        (lambda: EvalSpec(top_p=0.0), ["evaluate.top_p 0.0", "(0, 1]"]),
+        (lambda: EvalSpec(top_k=-1), ["evaluate.top_k -1", "0 means all"]),
+        (lambda: EvalSpec(temperature=-1.0), ["evaluate.temperature -1.0"]),
+        (lambda: EvalSpec(level=1.0), ["evaluate.level 1.0", "(0, 1)"]),
+        (lambda: EvalSpec(samples_per_prompt=0), ["evaluate.samples_per_prompt 0"]),
+        (lambda: study(methods=()), ["at least one method"]),
+        (lambda: study(methods=(LORA, LORA)), ["methods appear twice", "LoRA r=8"]),
+        (lambda: study(seeds=()), ["at least one seed"]),
+        (lambda: study(seeds=(1, 1)), ["seeds (1, 1) repeat"]),
+        (lambda: study(tune_seed=2), ["tune_seed 2", "(1, 2, 3)", "use 4"]),
+        (lambda: study(pretrain=None), ["model.path", "pretrain"]),
+        (lambda: study(model=ModelSpec(path="x")), ["not both or neither"]),
+    ],
+)
+def test_errors_name_value_rule_and_nearest(make, parts):
+    with pytest.raises(ConfigError) as caught:
+        make()
+    message = str(caught.value)
+    assert all(part in message for part in parts), message
+    assert "\n" not in message
+
+
+def test_names_are_those_of_the_tables():
+    # config.py imports no other room, so its names are written out there.
+    assert set(config.METHOD_NAMES) == set(METHODS)
+    assert config.LAYER_CHOICES == LAYER_CHOICES
+
+
+def test_options_make_their_method():
+    for spec in (LORA, MethodSpec("full", (1e-4,))):
+        METHODS[spec.name](**spec.options())
+
+
+@pytest.mark.parametrize(
+    ("changed", "label"),
+    [
+        ({}, "LoRA r=8"),
+        ({"targets": "qv"}, "LoRA r=8 (qv)"),
+        ({"rslora": True}, "LoRA r=8 (rslora)"),
+        ({"layers": "last", "layer_fraction": 0.25}, "LoRA r=8 (last 0.25 of layers)"),
+    ],
+)
+def test_labels(changed, label):
+    spec = dataclasses.replace(LORA, **changed)
+    assert spec.label == Run("final", spec, 1e-3, 1).label == label
+    assert Run("base", None, 0.0, 0).label == "base"
+
+
+def test_fingerprint_is_the_same_everywhere():
+    one = {"b": 1, "a": (1.5, "x", None), "c": {"z": True, "y": [LORA]}}
+    other = {"c": {"y": (LORA,), "z": True}, "a": [1.5, "x", None], "b": 1}
+    assert fingerprint(one) == fingerprint(other)
+    # Frozen: results of earlier versions are found by it.
+    assert fingerprint({"b": 1, "a": (1.5, "x", None)}, 2) == "dc71b833efce9ade"
+    assert re.fullmatch("[0-9a-f]{16}", fingerprint(study()))
+
+
+def test_fingerprint_changes_with_every_field():
+    def variants(spec):
+        for field in dataclasses.fields(spec):
+            value = getattr(spec, field.name)
+            if isinstance(value, bool | int | float) and field.name not in ("accumulate",):
+                fresh = (not value) if isinstance(value, bool) else value / 2 + 1
+                fresh = int(fresh) + (int(fresh) == value) if isinstance(value, int) else fresh
+                if field.name in ("dropout", "layer_fraction", "warmup_fraction", "top_p", "level"):
+                    fresh = 0.37
+                yield dataclasses.replace(spec, **{field.name: fresh})
+
+    for spec in (LORA, TrainSpec(), EvalSpec()):
+        marks = [fingerprint(spec), *map(fingerprint, variants(spec))]
+        assert len(marks) > 4 and len(set(marks)) == len(marks)
+    assert fingerprint("ab", "c") != fingerprint("a", "bc")
+
+
+@pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.py")), ids=lambda file: file.name)
+def test_every_config_loads_and_says_its_command(file):
+    loaded = load_config(str(file))
+    assert isinstance(loaded, Study) and loaded.question.endswith("?")
+    assert f"configs/{file.name}" in file.read_text().split('"""')[1]
+
+
+def test_load_config(tmp_path):
+    demo = str(CONFIGS / "demo.py")
+    assert load_config(demo + ":config") == load_config(demo)
+    with pytest.raises(ConfigError, match=r"no config file .*demoo.py.*did you mean .*demo.py"):
+        load_config(str(CONFIGS / "demoo.py"))
+    with pytest.raises(ConfigError, match=r"'confg' is not one of \['config'\].*mean 'config'"):
+        load_config(demo + ":confg")
+    other = tmp_path / "other.py"
+    other.write_text("def config():\n    return 3\n")
+    with pytest.raises(ConfigError, match="returns int, not a Study"):
+        load_config(str(other))
+    with pytest.raises(ConfigError, match="no config file"):
+        load_config(str(tmp_path))
