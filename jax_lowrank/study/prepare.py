@@ -21,6 +21,7 @@ from jax_lowrank.study.training import fit, make_program, mean_nll, progress_log
 from jax_lowrank.tasks import scorers
 
 PROMPT_SPLITS = ("tuned", "transfer")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
 class Text(NamedTuple):
@@ -124,6 +125,9 @@ def load_text(directory: Path) -> Text:
     """The tokenizer in a Hugging Face directory."""
     from transformers import AutoTokenizer
 
+    # Without them transformers makes an empty tokenizer and says nothing.
+    if not any((directory / name).is_file() for name in TOKENIZER_FILES):
+        raise ConfigError(f"{directory} holds no tokenizer: none of {', '.join(TOKENIZER_FILES)}")
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory)
     except (OSError, ValueError) as error:
