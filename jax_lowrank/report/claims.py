@@ -77,11 +77,12 @@ def as_text(result: StudyResult) -> str:
         chosen = [claim for claim in found if claim.topic == topic]
         lines += [f"{title} ({chosen[0].unit})"] if chosen else []
         for claim in chosen:
-            limits = f"[{claim.low:+.3f}, {claim.high:+.3f}]"
-            lines.append(
-                f"  {claim.verdict:<12} {claim.comparison:<32} {claim.difference:+.3f} {limits}"
-                f"  p {claim.p_adjusted:.3g}"
-            )
+            found_out = f"  {claim.verdict:<12} {claim.comparison:<32} {claim.difference:+.3f} "
+            if np.isnan(claim.low):
+                lines.append(found_out + f"no interval: {claim.reason or claim.note}")
+            else:
+                limits = f"[{claim.low:+.3f}, {claim.high:+.3f}]"
+                lines.append(found_out + f"{limits}  adjusted p {claim.p_adjusted:.2g}")
     return "\n".join(lines) or "no fine-tuned runs to compare"
 
 
