@@ -203,8 +203,7 @@ def fit(
             tokens += stacked.tokens.size
             # Read the previous call's numbers while this one runs.
             _report(pending, log)
-            elapsed = time.perf_counter() - began
-            pending = (step, count, losses, norms, rates, tokens / elapsed, end)
+            pending = (step, count, losses, norms, rates, tokens, began, end)
         _report(pending, log)
         pending = None
         step = min(first + epoch, end)
@@ -228,8 +227,9 @@ def _fill(tree, length: int):
 def _report(pending: tuple[Any, ...] | None, log: Callable[[dict], None]) -> None:
     if pending is None:
         return
-    step, count, losses, norms, rates, speed, end = pending
-    losses = np.asarray(losses)[:count]
+    step, count, losses, norms, rates, tokens, began, end = pending
+    losses = np.asarray(losses)[:count]  # waits until the call is done
+    speed = tokens / (time.perf_counter() - began)
     bad = np.flatnonzero(~np.isfinite(losses))
     if bad.size:
         raise DivergedError(step + int(bad[0]) + 1, float(losses[bad[0]]))
