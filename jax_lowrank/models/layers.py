@@ -314,11 +314,18 @@ def mix(q: Array, k: Array, v: Array, allowed: Array | None) -> Array:
     """
     if jax.default_backend() != "cpu":
         return jax.nn.dot_product_attention(q, k, v, mask=allowed, is_causal=allowed is None)
-    if allowed is None:
-        allowed = _band(jnp.arange(q.shape[1]), jnp.arange(k.shape[1]), None)[None, None]
     groups = q.shape[2] // k.shape[2]
     k, v = (jnp.repeat(x, groups, axis=2) if groups > 1 else x for x in (k, v))
-    return _mix(q, k, v, allowed)
+    if allowed is not None:
+        return _mix(q, k, v, allowed)
+    # Queries in up to four blocks: none is multiplied with the keys after its block.
+    length = q.shape[1]
+    size, parts = max(32, -(-length // 4)), []
+    for start in range(0, length, size):
+        stop = min(start + size, length)
+        seen = _band(jnp.arange(start, stop), jnp.arange(stop), None)[None, None]
+        parts.append(_mix(q[:, start:stop], k[:, :stop], v[:, :stop], seen))
+    return jnp.concatenate(parts, axis=1)
 
 
 @jax.custom_vjp
@@ -339,14 +346,15 @@ def _mix_fwd(q, k, v, allowed):
 
 def _mix_bwd(residuals, g):
     q, k, v, weights = residuals
-    g = g.swapaxes(1, 2)
-    dv = jnp.einsum("bhst,bhsn->bhtn", weights, g)
-    dweights = jnp.einsum("bhsn,bhtn->bhst", g, v)
+    # Products that contract over queries are written (n, s) @ (s, t): the fast form on CPU.
+    columns = g.transpose(0, 2, 3, 1)
+    dv = jnp.einsum("bhns,bhst->bhnt", columns, weights)
+    dweights = jnp.einsum("bhns,bhtn->bhst", columns, v)
     weighted = dweights * weights
     dscores = weighted - weights * weighted.sum(-1, keepdims=True)
     dq = jnp.einsum("bhst,bhtn->bhsn", dscores, k) * jnp.asarray(q.shape[-1] ** -0.5, q.dtype)
-    dk = jnp.einsum("bhst,bhsn->bhtn", dscores, q)
-    return dq.swapaxes(1, 2), dk.swapaxes(1, 2), dv.swapaxes(1, 2), None
+    dk = jnp.einsum("bhns,bhst->bhnt", q.swapaxes(2, 3), dscores)
+    return dq.swapaxes(1, 2), dk.transpose(0, 3, 1, 2), dv.transpose(0, 3, 1, 2), None
 
 
 _mix.defvjp(_mix_fwd, _mix_bwd)
