@@ -17,8 +17,10 @@ every_file = pytest.mark.parametrize("file", FILES)
 FLOOR_0 = ("config", "data", "sharding", "checkpoint", "results", "provenance", "progress")
 ALLOWED = {
     **dict.fromkeys((*FLOOR_0, "adapt.method"), ()),
-    **dict.fromkeys(("models.layers", "models.output", "models.weights"), ()),
-    "models.decoder": ("models.layers", "models.output"),  # the base file of the families
+    **dict.fromkeys(("models.attention", "models.output", "models.weights"), ()),
+    "models.layers": ("models.attention",),
+    # the base file of the families
+    "models.decoder": ("models.attention", "models.layers", "models.output"),
     "models": ("models",),
     "adapt": ("adapt",),
     "evaluation.intervals": (),
@@ -33,7 +35,7 @@ ALLOWED = {
     "__main__": ("cli",),
     "__init__": (),
 }
-FAMILY_BASE = ("models.decoder", "models.layers", "models.weights")
+FAMILY_BASE = ("models.attention", "models.decoder", "models.layers", "models.weights")
 
 
 @functools.cache

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_lowrank.models import layers, output
+from jax_lowrank.models import attention, layers, output
 
 
 def draws(*shapes):
@@ -140,8 +140,22 @@ def test_mix(heads, masked):
         scores = jnp.where(allowed if masked else causal, scores, -jnp.inf)
         return jnp.einsum("bhst,bthn->bshn", jax.nn.softmax(scores), v)
 
-    ours = lambda q, k, v: layers.mix(q, k, v, allowed)  # noqa: E731
+    ours = lambda q, k, v: attention.mix(q, k, v, allowed)  # noqa: E731
     assert_same_value_and_gradients(ours, plain, (q, k, v), g)
+
+
+@pytest.mark.parametrize("length", [33, 70, 150])
+def test_mix_in_blocks_of_queries(length):
+    q, k, v, g = draws(*[(2, length, 2, 4)] * 4)
+    causal = jnp.tril(jnp.ones((length, length), bool))[None, None]
+
+    def plain(q, k, v):
+        scores = jnp.einsum("bshn,bthn->bhst", q, k) / 2
+        weights = jax.nn.softmax(jnp.where(causal, scores, -jnp.inf))
+        return jnp.einsum("bhst,bthn->bshn", weights, v)
+
+    ours = lambda q, k, v: attention.mix(q, k, v, None)  # noqa: E731
+    assert_same_value_and_gradients(ours, plain, (q, k, v), g, rtol=1e-4)
 
 
 def test_attention_mixes_only_what_is_allowed():
@@ -150,9 +164,9 @@ def test_attention_mixes_only_what_is_allowed():
     k = k[..., :4]
     v = jnp.eye(6)[None, :, None, :4]
     mask = jnp.array([[False, True, True, True, True, True]])
-    context, _ = layers.make_context(jnp.zeros((1, 6), jnp.int32), mask, None, 3, None)
+    context, _ = attention.make_context(jnp.zeros((1, 6), jnp.int32), mask, None, 3, None)
     assert context.positions.tolist() == [[0, 0, 1, 2, 3, 4]]
-    out, _ = layers.attend(q, k, v, context, None, 0)
+    out, _ = attention.attend(q, k, v, context, None, 0)
     weights = np.asarray(out[0, :, 0])
     for t in range(1, 6):
         seen = list(range(max(1, t - 2), t + 1))

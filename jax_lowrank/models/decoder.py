@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jax_lowrank.models.layers import Array, Cache, Embedding, make_context, scan_layers
+from jax_lowrank.models.attention import Cache, make_context
+from jax_lowrank.models.layers import Array, Embedding, scan_layers
 from jax_lowrank.models.output import token_nll, unembed
 
 

@@ -9,14 +9,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jax_lowrank.models.attention import Context, attend
 from jax_lowrank.models.decoder import Decoder
 from jax_lowrank.models.layers import (
     Array,
-    Context,
     Embedding,
     LayerNorm,
     Linear,
-    attend,
     gelu,
     gelu_tanh,
 )

@@ -14,11 +14,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+
+from jax_lowrank.models.attention import Cache, Context
 
 Array = jax.Array
 
@@ -234,133 +235,7 @@ gelu = from_input(lambda x: jax.nn.gelu(x, approximate=False))
 swiglu = from_input(lambda gate, up: jax.nn.silu(gate) * up)
 
 
-# ----------------------------------------------------------------------------------- attention
-
-
-class Context(NamedTuple):
-    """What attention needs to know about the rows it is given, the same for every layer."""
-
-    positions: Array  # (B, S) int32, position of each token; pads count from the first real token
-    allowed: Array | None  # (B or 1, 1, S, T) bool, or None for plain causal attention
-    slot: Array | None  # () int32, the first cache slot these tokens are written to
-    key: Array | None  # dropout key
-
-
-class Cache(NamedTuple):
-    """Keys and values of all layers so far, (L, B, T, K, N) each, and which slots hold a token."""
-
-    keys: Array
-    values: Array
-    valid: Array  # (B, T) bool
-    length: Array  # () int32, slots in use
-
-
-def make_context(
-    tokens: Array, mask: Array | None, cache: Cache | None, window: int | None, key: Array | None
-) -> tuple[Context, Cache | None]:
-    """Positions and the attention mask of `tokens` (B, S), whose valid ones are `mask` (B, S).
-
-    A token sees itself and the valid tokens before it, at most `window` of them. Returns the cache
-    with the new tokens marked as valid.
-    """
-    batch, length = tokens.shape
-    if cache is None and mask is None:
-        positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32)[None], (batch, length))
-        slots = jnp.arange(length)
-        banded = window is not None and window < length
-        allowed = _band(slots, slots, window)[None, None] if banded else None
-        return Context(positions, allowed, None, key), None
-    mask = jnp.ones_like(tokens, dtype=bool) if mask is None else mask.astype(bool)
-    if cache is None:
-        valid, start = mask, jnp.int32(0)
-    else:
-        start = cache.length
-        valid = jax.lax.dynamic_update_slice(cache.valid, mask, (0, start))
-        cache = cache._replace(valid=valid, length=start + length)
-    counts = jnp.cumsum(valid.astype(jnp.int32), axis=1) - 1
-    positions = jnp.maximum(jax.lax.dynamic_slice_in_dim(counts, start, length, axis=1), 0)
-    queries, slots = start + jnp.arange(length), jnp.arange(valid.shape[1])
-    allowed = _band(queries, slots, window)[None, None] & valid[:, None, None, :]
-    return Context(positions, allowed, start, key), cache
-
-
-def _band(queries: Array, slots: Array, window: int | None) -> Array:
-    distance = queries[:, None] - slots[None, :]
-    seen = distance >= 0
-    return seen if window is None else seen & (distance < window)
-
-
-def attend(q: Array, k: Array, v: Array, context: Context, kv: tuple[Array, Array] | None, layer):
-    """Attention of q (B, S, H, N) over k, v (B, S, K, N), or over the cache with k, v written in.
-
-    Returns the mixed values (B, S, H, N) and the updated cache arrays (L, B, T, K, N).
-    """
-    if kv is not None:
-        keys, values = kv
-        start = (layer, 0, context.slot, 0, 0)
-        keys = jax.lax.dynamic_update_slice(keys, k[None].astype(keys.dtype), start)
-        values = jax.lax.dynamic_update_slice(values, v[None].astype(values.dtype), start)
-        k = jax.lax.dynamic_index_in_dim(keys, layer, keepdims=False)
-        v = jax.lax.dynamic_index_in_dim(values, layer, keepdims=False)
-        kv = (keys, values)
-    return mix(q, k, v, context.allowed), kv
-
-
-def mix(q: Array, k: Array, v: Array, allowed: Array | None) -> Array:
-    """softmax(q k^T / sqrt(N)) v over the allowed keys, or over those not after the query.
-
-    q (B, S, H, N); k, v (B, T, K, N); allowed (B or 1, 1, S, T) bool. On CPU by hand: XLA's own
-    derivative keeps and moves several more arrays of the size of the scores.
-    """
-    if jax.default_backend() != "cpu":
-        return jax.nn.dot_product_attention(q, k, v, mask=allowed, is_causal=allowed is None)
-    groups = q.shape[2] // k.shape[2]
-    k, v = (jnp.repeat(x, groups, axis=2) if groups > 1 else x for x in (k, v))
-    if allowed is not None:
-        return _mix(q, k, v, allowed)
-    # Queries in up to four blocks: none is multiplied with the keys after its block.
-    length = q.shape[1]
-    size, parts = max(32, -(-length // 4)), []
-    for start in range(0, length, size):
-        stop = min(start + size, length)
-        seen = _band(jnp.arange(start, stop), jnp.arange(stop), None)[None, None]
-        parts.append(_mix(q[:, start:stop], k[:, :stop], v[:, :stop], seen))
-    return jnp.concatenate(parts, axis=1)
-
-
-@jax.custom_vjp
-def _mix(q, k, v, allowed):
-    return _mix_fwd(q, k, v, allowed)[0]
-
-
-def _mix_fwd(q, k, v, allowed):
-    q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
-    q = q * jnp.asarray(q.shape[-1] ** -0.5, q.dtype)
-    scores = jnp.einsum("bhsn,bhtn->bhst", q, k, preferred_element_type=jnp.float32)
-    scores = jnp.where(allowed, scores, -1e30)
-    weights = jnp.exp(scores - scores.max(-1, keepdims=True))
-    weights = (weights / weights.sum(-1, keepdims=True)).astype(q.dtype)
-    out = jnp.einsum("bhst,bhtn->bhsn", weights, v)
-    return out.swapaxes(1, 2), (q, k, v, weights)
-
-
-def _mix_bwd(residuals, g):
-    q, k, v, weights = residuals
-    # Products that contract over queries are written (n, s) @ (s, t): the fast form on CPU.
-    columns = g.transpose(0, 2, 3, 1)
-    dv = jnp.einsum("bhns,bhst->bhnt", columns, weights)
-    dweights = jnp.einsum("bhns,bhtn->bhst", columns, v)
-    weighted = dweights * weights
-    dscores = weighted - weights * weighted.sum(-1, keepdims=True)
-    dq = jnp.einsum("bhst,bhtn->bhsn", dscores, k) * jnp.asarray(q.shape[-1] ** -0.5, q.dtype)
-    dk = jnp.einsum("bhns,bhst->bhnt", q.swapaxes(2, 3), dscores)
-    return dq.swapaxes(1, 2), dk.transpose(0, 3, 1, 2), dv.transpose(0, 3, 1, 2), None
-
-
-_mix.defvjp(_mix_fwd, _mix_bwd)
-
-
-UNROLL_UP_TO = 16  # layers
+# ------------------------------------------------------------------------------------- stacks
 
 
 def scan_layers(
@@ -389,9 +264,9 @@ def scan_layers(
     kv = None if cache is None else (cache.keys, cache.values)
     step = jax.checkpoint(step, prevent_cse=False) if remat else step
     layers = jnp.arange(num_layers, dtype=jnp.int32)
-    # On CPU a loop copies each layer's weights and keeps what the backward pass needs in stacks; a
-    # few layers compile as fast unrolled.
-    unroll = jax.default_backend() == "cpu" and num_layers <= UNROLL_UP_TO
+    # One token at a time on CPU, the loop's copy of each layer's weights would cost as much as the
+    # products; unrolled, the compiler lifts it out of the loop over tokens.
+    unroll = cache is not None and jax.default_backend() == "cpu"
     (x, kv), before = jax.lax.scan(step, (x, kv), (state, layers), unroll=unroll)
     if cache is not None:
         cache = cache._replace(keys=kv[0], values=kv[1])

@@ -14,14 +14,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jax_lowrank.models.attention import Context, attend
 from jax_lowrank.models.decoder import Decoder
 from jax_lowrank.models.layers import (
     Array,
-    Context,
     Embedding,
     Linear,
     RMSNorm,
-    attend,
     swiglu,
 )
 from jax_lowrank.models.weights import Row, UnsupportedModelError

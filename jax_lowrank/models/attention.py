@@ -1,0 +1,149 @@
+"""Attention: who sees whom, the key/value cache, and the products.
+
+Shape letters as in layers.py.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+
+
+class Context(NamedTuple):
+    """What attention needs to know about the rows it is given, the same for every layer."""
+
+    positions: Array  # (B, S) int32, position of each token; pads count from the first real token
+    allowed: Array | None  # (B or 1, 1, S, T) bool, or None for plain causal attention
+    slot: Array | None  # () int32, the first cache slot these tokens are written to
+    key: Array | None  # dropout key
+
+
+class Cache(NamedTuple):
+    """Keys and values of all layers so far, (L, B, T, K, N) each, and which slots hold a token."""
+
+    keys: Array
+    values: Array
+    valid: Array  # (B, T) bool
+    length: Array  # () int32, slots in use
+
+
+def make_context(
+    tokens: Array, mask: Array | None, cache: Cache | None, window: int | None, key: Array | None
+) -> tuple[Context, Cache | None]:
+    """Positions and the attention mask of `tokens` (B, S), whose valid ones are `mask` (B, S).
+
+    A token sees itself and the valid tokens before it, at most `window` of them. Returns the cache
+    with the new tokens marked as valid.
+    """
+    batch, length = tokens.shape
+    if cache is None and mask is None:
+        positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32)[None], (batch, length))
+        slots = jnp.arange(length)
+        banded = window is not None and window < length
+        allowed = _band(slots, slots, window)[None, None] if banded else None
+        return Context(positions, allowed, None, key), None
+    mask = jnp.ones_like(tokens, dtype=bool) if mask is None else mask.astype(bool)
+    if cache is None:
+        valid, start = mask, jnp.int32(0)
+    else:
+        start = cache.length
+        valid = jax.lax.dynamic_update_slice(cache.valid, mask, (0, start))
+        cache = cache._replace(valid=valid, length=start + length)
+    counts = jnp.cumsum(valid.astype(jnp.int32), axis=1) - 1
+    positions = jnp.maximum(jax.lax.dynamic_slice_in_dim(counts, start, length, axis=1), 0)
+    queries, slots = start + jnp.arange(length), jnp.arange(valid.shape[1])
+    allowed = _band(queries, slots, window)[None, None] & valid[:, None, None, :]
+    return Context(positions, allowed, start, key), cache
+
+
+def _band(queries: Array, slots: Array, window: int | None) -> Array:
+    distance = queries[:, None] - slots[None, :]
+    seen = distance >= 0
+    return seen if window is None else seen & (distance < window)
+
+
+def attend(q: Array, k: Array, v: Array, context: Context, kv: tuple[Array, Array] | None, layer):
+    """Attention of q (B, S, H, N) over k, v (B, S, K, N), or over the cache with k, v written in.
+
+    Returns the mixed values (B, S, H, N) and the updated cache arrays (L, B, T, K, N).
+    """
+    if kv is not None:
+        keys, values = kv
+        start = (layer, 0, context.slot, 0, 0)
+        keys = jax.lax.dynamic_update_slice(keys, k[None].astype(keys.dtype), start)
+        values = jax.lax.dynamic_update_slice(values, v[None].astype(values.dtype), start)
+        k = jax.lax.dynamic_index_in_dim(keys, layer, keepdims=False)
+        v = jax.lax.dynamic_index_in_dim(values, layer, keepdims=False)
+        kv = (keys, values)
+    return mix(q, k, v, context.allowed), kv
+
+
+def mix(q: Array, k: Array, v: Array, allowed: Array | None) -> Array:
+    """softmax(q k^T / sqrt(N)) v over the allowed keys, or over those not after the query.
+
+    q (B, S, H, N); k, v (B, T, K, N); allowed (B or 1, 1, S, T) bool. On CPU by hand: XLA's own
+    derivative keeps and moves several more arrays of the size of the scores.
+    """
+    if jax.default_backend() != "cpu":
+        return jax.nn.dot_product_attention(q, k, v, mask=allowed, is_causal=allowed is None)
+    groups = q.shape[2] // k.shape[2]
+    k, v = (jnp.repeat(x, groups, axis=2) if groups > 1 else x for x in (k, v))
+    if allowed is not None:
+        return _mix(q, k, v, allowed, ((0, q.shape[1], k.shape[1]),))
+    # Queries in up to four blocks: none is multiplied with the keys after its block.
+    length = q.shape[1]
+    size = max(32, -(-length // 4))
+    ends = ((start, min(start + size, length)) for start in range(0, length, size))
+    causal = _band(jnp.arange(length), jnp.arange(length), None)[None, None]
+    return _mix(q, k, v, causal, tuple((start, stop, stop) for start, stop in ends))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _mix(q, k, v, allowed, blocks):
+    """Attention with as many heads of keys as of queries. blocks: (first query, end, keys)."""
+    return _mix_fwd(q, k, v, allowed, blocks)[0]
+
+
+def _mix_fwd(q, k, v, allowed, blocks):
+    q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
+    q = q * jnp.asarray(q.shape[-1] ** -0.5, q.dtype)
+    outs, kept = [], []
+    for start, stop, keys in blocks:
+        scores = jnp.einsum(
+            "bhsn,bhtn->bhst",
+            q[:, :, start:stop],
+            k[:, :, :keys],
+            preferred_element_type=jnp.float32,
+        )
+        scores = jnp.where(allowed[:, :, start:stop, :keys], scores, -1e30)
+        weights = jnp.exp(scores - scores.max(-1, keepdims=True))
+        weights = (weights / weights.sum(-1, keepdims=True)).astype(q.dtype)
+        outs.append(jnp.einsum("bhst,bhtn->bhsn", weights, v[:, :, :keys]))
+        kept.append(weights)
+    return jnp.concatenate(outs, axis=2).swapaxes(1, 2), (q, k, v, kept)
+
+
+def _mix_bwd(blocks, residuals, g):
+    q, k, v, kept = residuals
+    # Products that contract over queries are written (n, s) @ (s, t): the fast form on CPU.
+    columns, rows = g.transpose(0, 2, 3, 1), q.swapaxes(2, 3)
+    dq, dk = [], jnp.zeros((*rows.shape[:3], k.shape[2]), k.dtype)
+    dv = jnp.zeros_like(dk)
+    for (start, stop, keys), weights in zip(blocks, kept):
+        part = columns[..., start:stop]
+        dweights = jnp.einsum("bhns,bhtn->bhst", part, v[:, :, :keys])
+        weighted = dweights * weights
+        dscores = weighted - weights * weighted.sum(-1, keepdims=True)
+        dq.append(jnp.einsum("bhst,bhtn->bhsn", dscores, k[:, :, :keys]))
+        dk = dk.at[..., :keys].add(jnp.einsum("bhns,bhst->bhnt", rows[..., start:stop], dscores))
+        dv = dv.at[..., :keys].add(jnp.einsum("bhns,bhst->bhnt", part, weights))
+    dq = jnp.concatenate(dq, axis=2) * jnp.asarray(q.shape[-1] ** -0.5, q.dtype)
+    return dq.swapaxes(1, 2), dk.transpose(0, 3, 1, 2), dv.transpose(0, 3, 1, 2), None
+
+
+_mix.defvjp(_mix_fwd, _mix_bwd)
