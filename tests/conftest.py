@@ -9,6 +9,8 @@ import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+# Compiling is most of the work here; cheap machine code takes half of the time to make.
+jax.config.update("jax_disable_most_optimizations", True)
 # Tolerances are those of float32; an accelerator would multiply in less.
 jax.config.update("jax_default_matmul_precision", "highest")
 
