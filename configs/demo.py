@@ -11,8 +11,8 @@ never names.
 
 from jax_lowrank.config import EvalSpec, MethodSpec, ModelSpec, Study, TaskSpec, TrainSpec
 
-LORA_RATES = (1e-3, 3e-3, 1e-2)
-FULL_RATES = (1e-4, 3e-4, 1e-3)
+LORA_RATES = (1e-3, 3e-3, 9e-3)
+FULL_RATES = (1e-4, 3e-4, 9e-4)
 
 
 def config() -> Study:
@@ -30,16 +30,18 @@ def config() -> Study:
                 "max_positions": 48,
             },
         ),
-        pretrain=TrainSpec(epochs=2, batch_size=64, max_length=40, learning_rate=2e-3),
-        task=TaskSpec(name="world", options={"seed": 0}),
+        pretrain=TrainSpec(epochs=1, batch_size=64, max_length=40, learning_rate=3e-3),
+        task=TaskSpec(
+            name="world", options={"num_pretrain": 20_000, "num_train": 400, "num_validation": 200}
+        ),
         methods=(
             *(
-                MethodSpec("lora", LORA_RATES, rank=rank, alpha=2.0 * rank)
+                MethodSpec("lora", LORA_RATES, rank=rank, alpha=16.0)
                 for rank in (1, 2, 4, 8, 16, 32)
             ),
             MethodSpec("full", FULL_RATES),
         ),
-        train=TrainSpec(epochs=3, batch_size=16, max_length=40),
+        train=TrainSpec(epochs=3, batch_size=32, max_length=40),
         seeds=(1, 2, 3),
-        evaluate=EvalSpec(samples_per_prompt=10, max_new_tokens=6, batch_size=240),
+        evaluate=EvalSpec(samples_per_prompt=8, max_new_tokens=6, batch_size=240),
     )

@@ -131,7 +131,12 @@ def test_fingerprint_changes_with_every_field():
 
 @pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.py")), ids=lambda file: file.name)
 def test_every_config_loads_and_says_its_command(file):
-    loaded = load_config(str(file))
+    try:
+        loaded = load_config(str(file))
+    except ConfigError as error:
+        if "JAX_LOWRANK_DATA" not in str(error):
+            raise
+        pytest.skip(f"its data is not here: {error}")
     assert isinstance(loaded, Study) and loaded.question.endswith("?")
     assert f"configs/{file.name}" in file.read_text().split('"""')[1]
 
