@@ -374,7 +374,7 @@ def main():
         **asked,
         "dtype": "float32",
         **result,
-        "peak_rss_mb": peak_mb(),
+        "peak_mb": peak_mb(),
         "huge_pages_mb": huge_page_mb(),
         "bytes_per_mb": MIB,
         **surroundings(options.threads),
