@@ -180,7 +180,7 @@ def test_small_study_on_real_weights_end_to_end(tmp_path, monkeypatch):
     )
     out = tmp_path / "out"
     fingerprints = execute(prepare(study, out, print), print)
-    result = results.read_study(out, fingerprints)
+    result = results.read_study(out)
     runs = {run.record["label"]: run for run in result.runs if run.arrays}
     assert set(runs) == {"base", "LoRA r=1", "full fine-tuning"}
     for run in runs.values():
