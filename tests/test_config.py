@@ -84,8 +84,9 @@ def test_names_are_those_of_the_tables():
 
 
 def test_options_make_their_method():
-    for spec in (LORA, MethodSpec("full", (1e-4,))):
-        METHODS[spec.name](**spec.options())
+    full = MethodSpec("full", (1e-4,))
+    assert METHODS["full"](**full.options()).scale is None
+    assert METHODS["lora"](**LORA.options()).scale == LORA.alpha / LORA.rank
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -198,8 +198,3 @@ PRESETS = {
     "attention": r"blocks\.attn\..*",
     "qv": r"blocks\.attn\.qkv",
 }
-
-
-def sizes(config: GPT2Config) -> dict:
-    """The configuration as plain values, for records."""
-    return asdict(config)
