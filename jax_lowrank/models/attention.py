@@ -33,19 +33,29 @@ class Cache(NamedTuple):
 
 
 def make_context(
-    tokens: Array, mask: Array | None, cache: Cache | None, window: int | None, key: Array | None
+    tokens: Array,
+    mask: Array | None,
+    cache: Cache | None,
+    window: int | None,
+    key: Array | None,
+    segments: Array | None = None,
+    causal: bool = True,
 ) -> tuple[Context, Cache | None]:
     """Positions and the attention mask of `tokens` (B, S), whose valid ones are `mask` (B, S).
 
-    A token sees itself and the valid tokens before it, at most `window` of them. Returns the cache
+    A token sees itself and the valid tokens before it, or on both sides when not `causal`, as far
+    as they are less than `window` away. In packed rows it sees those of its own run of equal
+    numbers in `segments` (B, S) only, and positions start again in each run. Returns the cache
     with the new tokens marked as valid.
     """
+    if cache is not None and (segments is not None or not causal):
+        raise ValueError("a cache is for causal rows of one text each: no segments, causal=True")
     batch, length = tokens.shape
-    if cache is None and mask is None:
+    if cache is None and mask is None and segments is None:
         positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32)[None], (batch, length))
         slots = jnp.arange(length)
-        banded = window is not None and window < length
-        allowed = _band(slots, slots, window)[None, None] if banded else None
+        plain = causal and (window is None or window >= length)
+        allowed = None if plain else _band(slots, slots, window, causal)[None, None]
         return Context(positions, allowed, None, key), None
     mask = jnp.ones_like(tokens, dtype=bool) if mask is None else mask.astype(bool)
     if cache is None:
@@ -54,17 +64,25 @@ def make_context(
         start = cache.length
         valid = jax.lax.dynamic_update_slice(cache.valid, mask, (0, start))
         cache = cache._replace(valid=valid, length=start + length)
-    counts = jnp.cumsum(valid.astype(jnp.int32), axis=1) - 1
-    positions = jnp.maximum(jax.lax.dynamic_slice_in_dim(counts, start, length, axis=1), 0)
     queries, slots = start + jnp.arange(length), jnp.arange(valid.shape[1])
-    allowed = _band(queries, slots, window)[None, None] & valid[:, None, None, :]
-    return Context(positions, allowed, start, key), cache
+    allowed = _band(queries, slots, window, causal)[None, None] & valid[:, None, None, :]
+    counts = jnp.cumsum(valid.astype(jnp.int32), axis=1) - 1
+    if segments is not None:
+        starts = jnp.pad(
+            segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)), constant_values=True
+        )
+        runs = jnp.cumsum(starts.astype(jnp.int32), axis=1)
+        allowed &= runs[:, None, :, None] == runs[:, None, None, :]
+        before = counts + 1 - valid.astype(jnp.int32)  # valid tokens before this one
+        counts -= jax.lax.cummax(jnp.where(starts, before, 0), axis=1)
+    positions = jnp.maximum(jax.lax.dynamic_slice_in_dim(counts, start, length, axis=1), 0)
+    return Context(positions, allowed, None if cache is None else start, key), cache
 
 
-def _band(queries: Array, slots: Array, window: int | None) -> Array:
+def _band(queries: Array, slots: Array, window: int | None, causal: bool = True) -> Array:
     distance = queries[:, None] - slots[None, :]
-    seen = distance >= 0
-    return seen if window is None else seen & (distance < window)
+    seen = distance >= 0 if causal else jnp.ones_like(distance, dtype=bool)
+    return seen if window is None else seen & (jnp.abs(distance) < window)
 
 
 def attend(q: Array, k: Array, v: Array, context: Context, kv: tuple[Array, Array] | None, layer):

@@ -15,6 +15,7 @@ class Decoder(nnx.Module):
     """A causal language model. Families supply the parts; this says how they run.
 
     `mask` (B, S) is True on real tokens; without it all are real. Pads may stand on either side.
+    `segments` (B, S) number the texts of packed rows, which do not see each other.
     """
 
     def __init__(
@@ -44,9 +45,10 @@ class Decoder(nnx.Module):
         mask: Array | None = None,
         cache: Cache | None = None,
         key: Array | None = None,
+        segments: Array | None = None,
     ) -> tuple[Array, Array, Cache | None]:
         """Residual stream after the last block (B, S, D), before each block (L, B, S, D), cache."""
-        context, cache = make_context(tokens, mask, cache, self.window, key)
+        context, cache = make_context(tokens, mask, cache, self.window, key, segments)
         x = self.embed(tokens)
         if self.position is not None:
             x = x + self.position(context.positions)
@@ -57,22 +59,32 @@ class Decoder(nnx.Module):
         """The unembedding (V, D): the head's own, or the embedding when they are tied."""
         return (self.embed if self.head is None else self.head).table[...]
 
-    def __call__(self, tokens: Array, mask: Array | None = None, key: Array | None = None) -> Array:
+    def __call__(
+        self,
+        tokens: Array,
+        mask: Array | None = None,
+        key: Array | None = None,
+        segments: Array | None = None,
+    ) -> Array:
         """Next-token logits (B, S, V) in float32."""
-        x, _, _ = self.hidden(tokens, mask, key=key)
+        x, _, _ = self.hidden(tokens, mask, key=key, segments=segments)
         return unembed(self.norm(x), self.output_table)
 
-    def nll(self, tokens: Array, key: Array | None = None) -> Array:
-        """-log p(tokens[:, t] | tokens[:, :t]) in nats, (B, S) float32; 0 at t = 0.
+    def nll(self, tokens: Array, key: Array | None = None, segments: Array | None = None) -> Array:
+        """-log p(tokens[:, t] | tokens[:, :t]) in nats, (B, S) float32; 0 where a text begins.
 
         For right-padded rows: a pad is after every real token, so none of them sees it.
         """
-        x, _, _ = self.hidden(tokens, key=key)
+        x, _, _ = self.hidden(tokens, key=key, segments=segments)
         rows = self.norm(x).reshape(-1, x.shape[-1])
         # The last position has no target; asking for token 0 there keeps the shape regular.
         targets = jnp.pad(tokens[:, 1:], ((0, 0), (0, 1)))
         nll = token_nll(rows, self.output_table, targets.reshape(-1)).reshape(tokens.shape)
-        return jnp.pad(nll[:, :-1], ((0, 0), (1, 0)))
+        nll = jnp.pad(nll[:, :-1], ((0, 0), (1, 0)))
+        if segments is None:
+            return nll
+        same = jnp.pad(segments[:, 1:] == segments[:, :-1], ((0, 0), (1, 0)))
+        return jnp.where(same, nll, 0.0)
 
     def lens(self, tokens: Array, mask: Array | None = None) -> Array:
         """LogitLens log-probabilities (B, L+1, V) of the token after the last one, in float32.
