@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from tiny import FIXTURES, model_of, same_bytes
+from tiny import FIXTURES, model_of, oracle_of, same_bytes
 
 from jax_lowrank import models
 from jax_lowrank.models import weights
@@ -135,6 +135,46 @@ def test_config_without_a_model_type(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(UnsupportedModelError, match=r"names no model_type"):
         models.load(tmp_path)
+
+
+@pytest.mark.parametrize("most", [20_000, 6_000, 1])
+def test_shards_out_and_in(tmp_path, most):
+    model = model_of("llama_tied")
+    # What lay there before must not be read again.
+    (tmp_path / "model-00001-of-00099.safetensors").write_bytes(b"old")
+    (tmp_path / "model.safetensors").write_bytes(b"old")
+    models.save(tmp_path, model, model.params, max_shard_bytes=most)
+    assert not (tmp_path / "model.safetensors").exists()
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    files = sorted(path.name for path in tmp_path.glob("*.safetensors"))
+    assert files == sorted(set(index["weight_map"].values())) and len(files) > 2
+    assert files[0] == f"model-00001-of-{len(files):05}.safetensors"
+    stored = {file: load_file(tmp_path / file) for file in files}
+    sizes = {file: [t.nbytes for t in tensors.values()] for file, tensors in stored.items()}
+    assert all(sum(each) <= most or len(each) == 1 for each in sizes.values())
+    assert index["metadata"]["total_size"] == sum(map(sum, sizes.values()))
+    whole = load_file(FIXTURES / "llama_tied" / "model.safetensors")
+    assert index["weight_map"].keys() == whole.keys()
+    for name, file in index["weight_map"].items():
+        assert stored[file][name].tobytes() == whole[name].tobytes(), name
+    assert same_bytes(models.load(tmp_path).params, model.params)
+    # In one file again: no index stays behind.
+    models.save(tmp_path, model, model.params)
+    assert [p.name for p in tmp_path.glob("model*")] == ["model.safetensors"]
+    assert same_bytes(models.load(tmp_path).params, model.params)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama_mha"])
+def test_transformers_reads_our_shards(tmp_path, name):
+    torch = pytest.importorskip("torch")
+    from transformers import AutoModelForCausalLM
+
+    model, oracle = model_of(name), oracle_of(name)
+    models.save(tmp_path, model, model.params, max_shard_bytes=10_000)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").eval()
+    with torch.no_grad():
+        logits = theirs(torch.tensor(oracle["tokens"]).long()).logits.numpy()
+    np.testing.assert_array_equal(logits, oracle["logits"])
 
 
 def test_resolve(tmp_path):

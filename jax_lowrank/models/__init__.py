@@ -74,10 +74,15 @@ def load(directory: Path, dtype=jnp.float32) -> Model:
     )
 
 
-def save(directory: Path, model: Model, params: nnx.State) -> None:
+def save(
+    directory: Path,
+    model: Model,
+    params: nnx.State,
+    max_shard_bytes: int = weights.SHARD_BYTES,
+) -> None:
     """Write `params` (those of `model` or fine-tuned from them) as a Hugging Face directory."""
     rows = FAMILIES[model.family].module.rows(model.config)
-    weights.save(directory, by_path(params), rows, model.config.to_hf())
+    weights.save(directory, by_path(params), rows, model.config.to_hf(), max_shard_bytes)
 
 
 def by_path(state: nnx.State) -> dict[str, Any]:

@@ -33,6 +33,7 @@ class Row(NamedTuple):
     transpose: bool = False
 
 
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 # Buffers that older checkpoints carry and nothing reads.
 IGNORED = (".attn.bias", ".attn.masked_bias", "rotary_emb.inv_freq")
 
@@ -69,14 +70,14 @@ def read_config(directory: Path) -> dict:
 
 def weight_files(directory: Path) -> list[Path]:
     """The safetensors files of a checkpoint: one, or those its index names."""
-    index = directory / "model.safetensors.index.json"
+    index = directory / INDEX
     if index.is_file():
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
         missing = [name for name in names if not (directory / name).is_file()]
         if missing:
             raise FileNotFoundError(f"{directory} lacks the shards {missing} that its index names")
         return [directory / name for name in names]
-    single = directory / "model.safetensors"
+    single = directory / SINGLE
     if single.is_file():
         return [single]
     pickles = sorted(p.name for p in directory.glob("*.bin")) + sorted(
@@ -166,12 +167,55 @@ def _read(row: Row, shape: tuple[int, ...], where: Mapping, dtype) -> jax.Array:
     return jax.numpy.asarray(buffer)
 
 
-def save(directory: Path, params: Mapping, rows: Sequence[Row], config: dict) -> None:
-    """Write config.json and model.safetensors that transformers reads; the inverse of `load`."""
+SHARD_BYTES = 5_000_000_000  # as transformers cuts; vLLM and others expect no more
+
+
+def save(
+    directory: Path,
+    params: Mapping,
+    rows: Sequence[Row],
+    config: dict,
+    max_shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Write config.json and the safetensors that transformers reads; the inverse of `load`.
+
+    Weights above `max_shard_bytes` go into several files and an index. No more than one file's
+    tensors are in host memory at a time. Weights that the directory held before are removed.
+    """
     directory.mkdir(parents=True, exist_ok=True)
-    tensors = {}
-    for name, row, layer in expand(rows, params):
-        value = np.asarray(params[row.path] if layer is None else params[row.path][layer])
-        tensors[name] = np.ascontiguousarray(value.T if row.transpose else value)
-    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    shards = _shards(list(expand(rows, params)), params, max_shard_bytes)
+    for old in [directory / INDEX, directory / SINGLE, *directory.glob("model-*-of-*.safetensors")]:
+        old.unlink(missing_ok=True)
+    width = f"-of-{len(shards):05}"
+    files = [f"model-{number:05}{width}.safetensors" for number in range(1, len(shards) + 1)]
+    files = files if len(files) > 1 else [SINGLE]
+    for file, shard in zip(files, shards, strict=True):
+        tensors = {name: _to_file(params[row.path], row, layer) for name, row, layer in shard}
+        save_file(tensors, directory / file, metadata={"format": "pt"})
+    if len(files) > 1:
+        paths = {row.path for row in rows}
+        index = {
+            "metadata": {"total_size": sum(params[path].nbytes for path in paths)},
+            "weight_map": {name: f for f, shard in zip(files, shards) for name, _, _ in shard},
+        }
+        (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _shards(tensors: list, params: Mapping, most: int) -> list[list]:
+    """The tensors in files of at most `most` bytes; one that is larger has a file of its own."""
+    shards, size = [[]], 0
+    for name, row, layer in tensors:
+        value = params[row.path]
+        nbytes = value.nbytes if layer is None else value.nbytes // value.shape[0]
+        if shards[-1] and size + nbytes > most:
+            shards.append([])
+            size = 0
+        shards[-1].append((name, row, layer))
+        size += nbytes
+    return shards
+
+
+def _to_file(value, row: Row, layer: int | None) -> np.ndarray:
+    value = np.asarray(value if layer is None else value[layer])
+    return np.ascontiguousarray(value.T if row.transpose else value)
