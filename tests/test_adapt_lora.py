@@ -101,7 +101,7 @@ def test_logits_equal_those_of_peft(family, rslora):
     assert m.method.scale == pytest.approx(8 / math.sqrt(4) if rslora else 8 / 4)
     names = {
         row.path.removesuffix(".kernel"): row.name.removesuffix(".weight")
-        for row in models.FAMILIES[m.model.family].module.rows(m.model.config)
+        for row in models.FAMILIES[m.model.family].module.rows(m.model.config, m.model.head)
         if row.path.endswith(".kernel")
     }
     arrays, used = {}, 0

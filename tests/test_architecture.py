@@ -19,8 +19,9 @@ ALLOWED = {
     **dict.fromkeys((*FLOOR_0, "adapt.method"), ()),
     **dict.fromkeys(("models.attention", "models.output", "models.weights"), ()),
     "models.layers": ("models.attention",),
+    "models.head": ("models.layers", "models.weights"),
     # the base file of the families
-    "models.decoder": ("models.attention", "models.layers", "models.output"),
+    "models.decoder": ("models.attention", "models.head", "models.layers", "models.output"),
     "models": ("models",),
     "adapt": ("adapt",),
     "evaluation.intervals": (),
@@ -35,7 +36,7 @@ ALLOWED = {
     "__main__": ("cli",),
     "__init__": (),
 }
-FAMILY_BASE = ("models.attention", "models.decoder", "models.layers", "models.weights")
+FAMILY_BASE = tuple(f"models.{m}" for m in ("attention", "decoder", "head", "layers", "weights"))
 
 
 @functools.cache

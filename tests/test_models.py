@@ -13,6 +13,7 @@ from tiny import FIXTURES, NAMES, apply_of, assert_close, logits_of, model_of, o
 
 from jax_lowrank import infer, models
 from jax_lowrank.models.gpt2 import GPT2Config
+from jax_lowrank.models.head import Head
 from jax_lowrank.models.llama import LlamaConfig
 
 SHARDED = ("llama_llama3_sharded", "llama_tied_sharded")
@@ -214,11 +215,11 @@ PUBLISHED = [
 @pytest.mark.parametrize(("family", "config", "size"), PUBLISHED)
 def test_published_sizes_and_config_round_trip(family, config, size):
     module = models.FAMILIES[family].module
-    abstract = nnx.eval_shape(lambda: module.build(jax.random.key(0), config))
+    abstract = nnx.eval_shape(lambda: module.build(jax.random.key(0), config, Head()))
     arrays = models.by_path(nnx.state(abstract))
     assert sum(array.size for array in arrays.values()) == size
-    assert {row.path for row in module.rows(config)} == arrays.keys()
-    written = json.loads(json.dumps(config.to_hf()))
+    assert {row.path for row in module.rows(config, Head())} == arrays.keys()
+    written = json.loads(json.dumps(config.to_hf(Head())))
     assert models.FAMILIES[written["model_type"]].config.from_hf(written) == config
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -13,11 +13,12 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jax_lowrank.models import gpt2, llama, weights
+from jax_lowrank.models.head import Head, check_labels, stored_head
 from jax_lowrank.models.weights import UnsupportedModelError
 
 
 class Family(NamedTuple):
-    """One model family: its configuration class and its module (build, rows, PRESETS)."""
+    """One model family: its configuration class and its module (build, rows, HEADS, PRESETS)."""
 
     config: type
     module: ModuleType
@@ -32,13 +33,18 @@ FAMILIES = {
 
 
 class Model(NamedTuple):
-    """A model split once: what is static, what is an array, and how its family names things."""
+    """A model split once: what is static, what is an array, and how its family names things.
+
+    head_paths: the parameters that are the task's head; every fine-tuning method trains them.
+    """
 
     family: str
     config: Any
     graphdef: nnx.GraphDef
     params: nnx.State
     presets: Mapping[str, str]
+    head: Head
+    head_paths: tuple[str, ...]
 
 
 def family_of(model_type: str) -> Family:
@@ -52,26 +58,73 @@ def family_of(model_type: str) -> Family:
     return FAMILIES[model_type]
 
 
-def create(family: str, config: Any, key: jax.Array, dtype=jnp.float32) -> Model:
-    """A model with random weights."""
+def create(
+    family: str, config: Any, key: jax.Array, dtype=jnp.float32, head: Head | None = None
+) -> Model:
+    """A model with random weights, and the first head of its family unless one is given."""
     module = family_of(family).module
-    graphdef, params = nnx.split(module.build(key, config, dtype))
-    return Model(family, config, graphdef, params, module.PRESETS)
+    head = (head or Head(next(iter(module.HEADS)))).check(module.HEADS, family)
+    graphdef, params = nnx.split(module.build(key, config, head, dtype))
+    paths = head_paths(by_path(params))
+    return Model(family, config, graphdef, params, module.PRESETS, head, paths)
 
 
-def load(directory: Path, dtype=jnp.float32) -> Model:
-    """The model in a Hugging Face directory, read tensor by tensor; see `weights.load`."""
+def load(
+    directory: Path,
+    dtype=jnp.float32,
+    head: Head | None = None,
+    key: jax.Array | None = None,
+) -> Model:
+    """The model in a Hugging Face directory, read tensor by tensor; see `weights.load`.
+
+    Args:
+      directory: a local checkpoint.
+      dtype: of the parameters.
+      head: None for the checkpoint's own, or the first of the family for a base model.
+      key: where `head` is not the checkpoint's, makes what it lacks; such parameters are drawn as
+        `create` draws them and are among the result's `head_paths`.
+    """
     raw = weights.read_config(directory)
     if "model_type" not in raw:
         raise UnsupportedModelError(f"{directory}/config.json names no model_type")
     family = family_of(raw["model_type"])
-    config = family.config.from_hf(raw)
-    abstract = nnx.eval_shape(lambda: family.module.build(jax.random.key(0), config, dtype))
-    graphdef, state = nnx.split(abstract)
-    arrays = weights.load(directory, family.module.rows(config), by_path(state), dtype)
-    return Model(
-        raw["model_type"], config, graphdef, with_arrays(state, arrays), family.module.PRESETS
+    module, config = family.module, family.config.from_hf(raw)
+    stored = stored_head(raw, module.HEADS)
+    head = head or stored or Head(next(iter(module.HEADS)))
+    check_labels(head.check(module.HEADS, raw["model_type"]), stored)
+
+    def build(key):
+        return module.build(key, config, head, dtype)
+
+    graphdef, state = nnx.split(nnx.eval_shape(build, jax.random.key(0)))
+    rows, own = module.rows(config, head), stored is not None and stored.kind == head.kind
+    arrays = weights.load(
+        directory,
+        rows,
+        by_path(state),
+        dtype,
+        heads=module.HEAD_TENSORS,
+        may_lack=key is not None and not own,
     )
+    lacking = [path for path in by_path(state) if path not in arrays]
+    if lacking:
+        # Compiled, the parameters that were read are not made.
+        draw = jax.jit(lambda key: [by_path(nnx.state(build(key)))[path] for path in lacking])
+        arrays.update(zip(lacking, draw(key)))
+    return Model(
+        raw["model_type"],
+        config,
+        graphdef,
+        with_arrays(state, arrays),
+        module.PRESETS,
+        head,
+        head_paths(arrays, lacking),
+    )
+
+
+def head_paths(arrays: Mapping, fresh: Sequence[str] = ()) -> tuple[str, ...]:
+    """Paths of what every method trains: the classifier, and head parameters made anew."""
+    return tuple(p for p in sorted(arrays) if p.startswith("classifier.") or p in fresh)
 
 
 def save(
@@ -81,8 +134,9 @@ def save(
     max_shard_bytes: int = weights.SHARD_BYTES,
 ) -> None:
     """Write `params` (those of `model` or fine-tuned from them) as a Hugging Face directory."""
-    rows = FAMILIES[model.family].module.rows(model.config)
-    weights.save(directory, by_path(params), rows, model.config.to_hf(), max_shard_bytes)
+    rows = FAMILIES[model.family].module.rows(model.config, model.head)
+    config = model.config.to_hf(model.head)
+    weights.save(directory, by_path(params), rows, config, max_shard_bytes)
 
 
 def by_path(state: nnx.State) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jax_lowrank.models.attention import Cache, make_context
+from jax_lowrank.models.head import Classifier
 from jax_lowrank.models.layers import Array, Embedding, scan_layers
 from jax_lowrank.models.output import token_nll, unembed
 
@@ -26,6 +27,7 @@ class Decoder(nnx.Module):
         blocks: nnx.Module,
         norm: nnx.Module,
         head: Embedding | None,
+        classifier: Classifier | None,
         cache_shape: tuple[int, int, int],
         window: int | None,
     ):
@@ -36,6 +38,7 @@ class Decoder(nnx.Module):
             norm,
             head,
         )
+        self.classifier = classifier
         self.cache_shape, self.window = cache_shape, window  # (L, K, N)
         self.remat = False  # recompute each block in the backward pass: less memory, one more pass
 
@@ -57,6 +60,8 @@ class Decoder(nnx.Module):
     @property
     def output_table(self) -> Array:
         """The unembedding (V, D): the head's own, or the embedding when they are tied."""
+        if self.classifier is not None:
+            raise ValueError("a classification model predicts no tokens; load it as causal-lm")
         return (self.embed if self.head is None else self.head).table[...]
 
     def __call__(
@@ -69,6 +74,19 @@ class Decoder(nnx.Module):
         """Next-token logits (B, S, V) in float32."""
         x, _, _ = self.hidden(tokens, mask, key=key, segments=segments)
         return unembed(self.norm(x), self.output_table)
+
+    def classify(self, tokens: Array, mask: Array | None = None, key: Array | None = None) -> Array:
+        """Class logits (B, C) in float32, read from the last real token of each row."""
+        if self.classifier is None:
+            raise ValueError("the model has no classification head; load it with one")
+        x, _, _ = self.hidden(tokens, mask, key=key)
+        if mask is None:
+            last = x[:, -1]
+        else:
+            behind = jnp.argmax(mask[:, ::-1], axis=1)  # pads after the last real token
+            last = jnp.take_along_axis(x, (tokens.shape[1] - 1 - behind)[:, None, None], axis=1)
+            last = last[:, 0]
+        return self.classifier(self.norm(last), key)
 
     def nll(self, tokens: Array, key: Array | None = None, segments: Array | None = None) -> Array:
         """-log p(tokens[:, t] | tokens[:, :t]) in nats, (B, S) float32; 0 where a text begins.

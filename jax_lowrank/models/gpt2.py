@@ -11,6 +11,7 @@ from flax import nnx
 
 from jax_lowrank.models.attention import Context, attend
 from jax_lowrank.models.decoder import Decoder
+from jax_lowrank.models.head import Classifier, Head
 from jax_lowrank.models.layers import (
     Array,
     Embedding,
@@ -22,6 +23,11 @@ from jax_lowrank.models.layers import (
 from jax_lowrank.models.weights import Row, UnsupportedModelError
 
 ACTIVATIONS = {"gelu_new": gelu_tanh, "gelu": gelu, "relu": jax.nn.relu}
+
+# kind of head -> end of the class name in transformers
+HEADS = {"causal-lm": "LMHeadModel", "classification": "ForSequenceClassification"}
+# Where their tensors begin in a checkpoint.
+HEAD_TENSORS = ("lm_head.", "score.")
 
 
 @dataclass(frozen=True)
@@ -86,11 +92,11 @@ class GPT2Config:
             tied=config.get("tie_word_embeddings", True),
         )
 
-    def to_hf(self) -> dict:
+    def to_hf(self, head: Head) -> dict:
         """The config.json that `from_hf` and transformers read back."""
         return {
             "model_type": "gpt2",
-            "architectures": ["GPT2LMHeadModel"],
+            **head.to_hf("GPT2" + HEADS[head.kind]),
             "vocab_size": self.vocab_size,
             "n_layer": self.num_layers,
             "n_embd": self.width,
@@ -150,24 +156,28 @@ class Block(nnx.Module):
         return x + self.mlp(self.norm2(x), context.key), kv
 
 
-def build(key: Array, config: GPT2Config, dtype=jnp.float32) -> Decoder:
+def build(key: Array, config: GPT2Config, head: Head, dtype=jnp.float32) -> Decoder:
     """A randomly initialised GPT-2 with N(0, 0.02²) weights, scaled on the residual path."""
     c = config
     if c.width % c.num_heads:
         raise ValueError(f"width {c.width} is not divisible by num_heads {c.num_heads}")
+    own_table = not c.tied and not head.labels
     keys = iter(jax.random.split(key, 8))
     return Decoder(
         embed=Embedding(next(keys), c.vocab_size, c.width, dtype=dtype),
         position=Embedding(next(keys), c.max_positions, c.width, std=0.01, dtype=dtype),
         blocks=Block(keys, c, dtype),
         norm=LayerNorm(c.width, eps=c.norm_eps, dtype=dtype),
-        head=None if c.tied else Embedding(next(keys), c.vocab_size, c.width, dtype=dtype),
+        head=Embedding(next(keys), c.vocab_size, c.width, dtype=dtype) if own_table else None,
+        classifier=Classifier(keys, c.width, len(head.labels), dtype=dtype)
+        if head.labels
+        else None,
         cache_shape=(c.num_layers, c.num_heads, c.width // c.num_heads),
         window=None,
     )
 
 
-def rows(config: GPT2Config) -> list[Row]:
+def rows(config: GPT2Config, head: Head) -> list[Row]:
     """Names of the tensors in a Hugging Face checkpoint. Its Conv1D weights are (in, out)."""
     table = [
         Row("transformer.wte.weight", "embed.table"),
@@ -175,7 +185,9 @@ def rows(config: GPT2Config) -> list[Row]:
         Row("transformer.ln_f.weight", "norm.scale"),
         Row("transformer.ln_f.bias", "norm.bias"),
     ]
-    if not config.tied:
+    if head.labels:
+        table.append(Row("score.weight", "classifier.out.kernel", transpose=True))
+    elif not config.tied:
         table.append(Row("lm_head.weight", "head.table"))
     for theirs, ours in (("ln_1", "norm1"), ("ln_2", "norm2")):
         table.append(Row(f"transformer.h.{{l}}.{theirs}.weight", f"blocks.{ours}.scale"))

@@ -16,6 +16,7 @@ from flax import nnx
 
 from jax_lowrank.models.attention import Context, attend
 from jax_lowrank.models.decoder import Decoder
+from jax_lowrank.models.head import Classifier, Head
 from jax_lowrank.models.layers import (
     Array,
     Embedding,
@@ -26,6 +27,11 @@ from jax_lowrank.models.layers import (
 from jax_lowrank.models.weights import Row, UnsupportedModelError
 
 ROPE_KINDS = ("default", "linear", "llama3")
+
+# kind of head -> end of the class name in transformers
+HEADS = {"causal-lm": "ForCausalLM", "classification": "ForSequenceClassification"}
+# Where their tensors begin in a checkpoint.
+HEAD_TENSORS = ("lm_head.", "score.")
 
 
 @dataclass(frozen=True)
@@ -130,7 +136,7 @@ class LlamaConfig:
             model_type=config["model_type"],
         )
 
-    def to_hf(self) -> dict:
+    def to_hf(self, head: Head) -> dict:
         """The config.json that `from_hf` and transformers read back."""
         rope = {"rope_type": self.rope_scaling.kind, "rope_theta": self.rope_theta}
         if self.rope_scaling.kind != "default":
@@ -141,7 +147,7 @@ class LlamaConfig:
             rope["original_max_position_embeddings"] = self.rope_scaling.original_max_positions
         out = {
             "model_type": self.model_type,
-            "architectures": [f"{self.model_type.capitalize()}ForCausalLM"],
+            **head.to_hf(self.model_type.capitalize() + HEADS[head.kind]),
             "vocab_size": self.vocab_size,
             "num_hidden_layers": self.num_layers,
             "hidden_size": self.width,
@@ -252,32 +258,38 @@ class Block(nnx.Module):
         return x + self.mlp(self.norm2(x), context.key), kv
 
 
-def build(key: Array, config: LlamaConfig, dtype=jnp.float32) -> Decoder:
+def build(key: Array, config: LlamaConfig, head: Head, dtype=jnp.float32) -> Decoder:
     """A randomly initialised Llama with N(0, 0.02²) weights."""
     c = config
     if c.num_heads % c.num_kv_heads:
         raise ValueError(
             f"num_heads {c.num_heads} is not a multiple of num_kv_heads {c.num_kv_heads}"
         )
+    own_table = not c.tied and not head.labels
     keys = iter(jax.random.split(key, 9))
     return Decoder(
         embed=Embedding(next(keys), c.vocab_size, c.width, dtype=dtype),
         position=None,
         blocks=Block(keys, c, dtype),
         norm=RMSNorm(c.width, eps=c.norm_eps, dtype=dtype),
-        head=None if c.tied else Embedding(next(keys), c.vocab_size, c.width, dtype=dtype),
+        head=Embedding(next(keys), c.vocab_size, c.width, dtype=dtype) if own_table else None,
+        classifier=Classifier(keys, c.width, len(head.labels), dtype=dtype)
+        if head.labels
+        else None,
         cache_shape=(c.num_layers, c.num_kv_heads, c.head_width),
         window=c.window,
     )
 
 
-def rows(config: LlamaConfig) -> list[Row]:
+def rows(config: LlamaConfig, head: Head) -> list[Row]:
     """Names of the tensors in a Hugging Face checkpoint, whose Linear weights are (out, in)."""
     table = [
         Row("model.embed_tokens.weight", "embed.table"),
         Row("model.norm.weight", "norm.scale"),
     ]
-    if not config.tied:
+    if head.labels:
+        table.append(Row("score.weight", "classifier.out.kernel", transpose=True))
+    elif not config.tied:
         table.append(Row("lm_head.weight", "head.table"))
     layer = "model.layers.{l}."
     table.append(Row(layer + "input_layernorm.weight", "blocks.norm1.scale"))

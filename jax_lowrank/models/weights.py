@@ -91,7 +91,15 @@ def weight_files(directory: Path) -> list[Path]:
     raise FileNotFoundError(f"{directory} has neither model.safetensors nor its index")
 
 
-def load(directory: Path, rows: Sequence[Row], abstract: Mapping, dtype) -> dict:
+def load(
+    directory: Path,
+    rows: Sequence[Row],
+    abstract: Mapping,
+    dtype,
+    *,
+    heads: tuple[str, ...] = (),
+    may_lack: bool = False,
+) -> dict:
     """Parameters, as a dict from path to array, read tensor by tensor in `dtype`.
 
     Args:
@@ -99,19 +107,28 @@ def load(directory: Path, rows: Sequence[Row], abstract: Mapping, dtype) -> dict
       rows: the family's name table.
       abstract: path -> object with a shape, for every parameter; stacked ones lead with L.
       dtype: of the result. At most one parameter exists twice at any time.
+      heads: how the names of the tensors of any head begin. Those that `rows` does not ask for are
+        not read.
+      may_lack: whether such a beginning may be without any tensor that `rows` asks for; the
+        parameters are then not in the result.
 
     Raises:
       WeightsError: naming every missing, unexpected and mis-shaped tensor at once.
     """
     handles = [safe_open(file, framework="numpy") for file in weight_files(directory)]
     where = {name: handle for handle in handles for name in handle.keys()}  # noqa: SIM118
-    where = _with_prefix(where, rows)
+    where = _with_prefix(where, rows, heads)
     wanted = {name: (row, layer) for name, row, layer in expand(rows, abstract)}
-    problems = [f"missing: {name}" for name in wanted if name not in where]
+    absent = tuple(h for h in heads if not any(n.startswith(h) for n in where if n in wanted))
+    missing = [name for name in wanted if name not in where]
+    if may_lack:
+        rows = [row for row in rows if not row.name.startswith(absent)]
+        missing = [name for name in missing if not name.startswith(absent)]
+    problems = [f"missing: {name}" for name in missing]
     problems += [
         f"unexpected: {name}"
         for name in where
-        if name not in wanted and not name.endswith(IGNORED) and name != "lm_head.weight"
+        if name not in wanted and not name.endswith(IGNORED) and not name.startswith(heads)
     ]
     for name, (row, layer) in wanted.items():
         if name in where:
@@ -127,12 +144,12 @@ def load(directory: Path, rows: Sequence[Row], abstract: Mapping, dtype) -> dict
     return {row.path: _read(row, abstract[row.path].shape, where, dtype) for row in rows}
 
 
-def _with_prefix(where: Mapping, rows: Sequence[Row]) -> dict:
+def _with_prefix(where: Mapping, rows: Sequence[Row], heads: tuple[str, ...]) -> dict:
     """name -> (file handle, name in the file). A base model is saved without the leading word."""
     prefix = rows[0].name.split(".")[0] + "."
     bare = not any(name.startswith(prefix) for name in where)
     return {
-        (prefix + name if bare and not name.startswith("lm_head.") else name): (handle, name)
+        (prefix + name if bare and not name.startswith(heads) else name): (handle, name)
         for name, handle in where.items()
     }
 

@@ -75,13 +75,13 @@ def prepare(study: Study, out: Path, note: Callable[[str], None]) -> Prepared:
     if study.pretrain is None:
         source = study.model.path
         directory = models.weights.resolve(source, study.model.revision)
-        model, text = models.load(directory, dtype), load_text(directory)
+        model, text = models.load(directory, dtype, models.Head("causal-lm")), load_text(directory)
     else:
         text = world_text(task)
         check_methods(study, new_model(study, text.vocab_size))
         directory = pretrain(study, task, text, out, note)
         source = "pretrained here"
-        model, text = models.load(directory, dtype), load_text(directory)
+        model, text = models.load(directory, dtype, models.Head("causal-lm")), load_text(directory)
     check_methods(study, model)
     text = text._replace(vocab_size=model.config.vocab_size)
     check_lengths(study, task, text, model)
