@@ -12,7 +12,7 @@ import inspect
 import json
 import runpy
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +37,9 @@ def require(condition: bool, message: str) -> None:
 
 SCHEDULES = ("cosine", "linear", "constant")
 DTYPES = ("auto", "float32", "bfloat16")
-METHOD_NAMES = ("full", "lora")
+METHOD_NAMES = ("full", "lora", "bitfit", "head")
 LAYER_CHOICES = ("first", "last", "random")
+INITS = ("kaiming", "gaussian", "pissa", "olora")
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,16 @@ class MethodSpec:
     layers: str = "first"
     """Which layers when layer_fraction < 1: first, last or random."""
     layer_fraction: float = 1.0
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    """Regular expression for whole paths -> rank, where it is not `rank`."""
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    """Regular expression for whole paths -> alpha, where it is not `alpha`."""
+    init: str = "kaiming"
+    """Of the factors: kaiming (PEFT's default), gaussian, pissa or olora."""
+    dora: bool = False
+    """Train the norm of every output unit as well."""
+    plus_ratio: float = 1.0
+    """LoRA+: learning rate of B as a multiple of that of A."""
 
     def __post_init__(self) -> None:
         require(self.name in METHOD_NAMES, f"method: {nearest(self.name, METHOD_NAMES)}")
@@ -83,29 +94,51 @@ class MethodSpec:
         for rate in self.learning_rates:
             require(rate > 0, f"learning rate {rate} is not positive; 1e-3 is a common start")
         require(self.layers in LAYER_CHOICES, f"layers: {nearest(self.layers, LAYER_CHOICES)}")
+        require(self.init in INITS, f"init: {nearest(self.init, INITS)}")
         if self.name == "lora":
-            require(self.rank >= 1, f"LoRA rank {self.rank} is below 1; use 1 or more")
-            require(0 <= self.dropout < 1, f"LoRA dropout {self.dropout} is outside [0, 1)")
-            ok = 0 < self.layer_fraction <= 1
-            require(ok, f"layer_fraction {self.layer_fraction} is outside (0, 1]")
+            self._check_lora()
+            return
+        for option in ("rank_pattern", "alpha_pattern", "dora"):
+            unset = not getattr(self, option)
+            require(unset, f"{option} is an option of method 'lora', not of {self.name!r}")
+        for option, default in (("init", "kaiming"), ("plus_ratio", 1)):
+            unset = getattr(self, option) == default
+            require(unset, f"{option} is an option of method 'lora', not of {self.name!r}")
+
+    def _check_lora(self) -> None:
+        for rank in (self.rank, *self.rank_pattern.values()):
+            require(rank >= 1, f"LoRA rank {rank} is below 1; use 1 or more")
+        for alpha in (self.alpha, *self.alpha_pattern.values()):
+            require(alpha > 0, f"LoRA alpha {alpha} is not positive; 16 is a common start")
+        require(0 <= self.dropout < 1, f"LoRA dropout {self.dropout} is outside [0, 1)")
+        ok = 0 < self.layer_fraction <= 1
+        require(ok, f"layer_fraction {self.layer_fraction} is outside (0, 1]")
+        ok = self.plus_ratio >= 1
+        require(ok, f"plus_ratio {self.plus_ratio} is below 1; use 1 (off) or 16")
 
     @property
     def label(self) -> str:
         """What figures and tables call it, such as `LoRA r=8`."""
-        if self.name == "full":
-            return "full fine-tuning"
+        if self.name != "lora":
+            return {"full": "full fine-tuning", "bitfit": "BitFit", "head": "head only"}[self.name]
         extras = [] if self.targets == "all-linear" else [self.targets]
         extras += ["rslora"] if self.rslora else []
         if self.layer_fraction < 1:
             extras.append(f"{self.layers} {self.layer_fraction:g} of layers")
-        return f"LoRA r={self.rank}" + (f" ({', '.join(extras)})" if extras else "")
+        extras += [f"dropout {self.dropout:g}"] if self.dropout else []
+        extras += [f"{pattern} r={rank}" for pattern, rank in self.rank_pattern.items()]
+        extras += [f"{pattern} alpha={alpha:g}" for pattern, alpha in self.alpha_pattern.items()]
+        extras += [self.init] if self.init != "kaiming" else []
+        extras += [f"B's rate x{self.plus_ratio:g}"] if self.plus_ratio != 1 else []
+        kind = ("DoRA" if self.dora else "LoRA") + ("+" if self.plus_ratio != 1 else "")
+        return f"{kind} r={self.rank}" + (f" ({', '.join(extras)})" if extras else "")
 
     def options(self) -> dict[str, Any]:
         """Keyword arguments of this method's row in METHODS."""
-        if self.name == "full":
+        if self.name != "lora":
             return {}
-        names = ("rank", "alpha", "rslora", "dropout", "targets", "layers", "layer_fraction")
-        return {name: getattr(self, name) for name in names}
+        ours = ("name", "learning_rates")
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ours}
 
 
 @dataclass(frozen=True)

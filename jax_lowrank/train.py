@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jax_lowrank.adapt.method import State, decay_mask
+from jax_lowrank.adapt.method import Method, State, decay_mask
 from jax_lowrank.data import Batch, Batches
 
 
@@ -65,19 +65,26 @@ def causal_lm_loss(apply: Callable, trainable: State, frozen: State, batch: Batc
 
 
 def make_optimizer(
-    trainable: State, *, weight_decay: float, clip: float, transform: Callable
+    trainable: State, method: Method, *, weight_decay: float, clip: float
 ) -> optax.GradientTransformation:
     """Clip, then Adam (β 0.9, 0.999, ε 1e-8) as the method wants it, then decoupled decay.
 
-    Its updates are to be multiplied by minus the learning rate.
+    Its updates are to be multiplied by minus the learning rate. Where the method has `rates`, they
+    multiply the whole update, decay included, as parameter groups of PyTorch do.
     """
     return optax.chain(
         optax.clip_by_global_norm(clip) if clip else optax.identity(),
-        transform(optax.scale_by_adam()),
+        method.transform(optax.scale_by_adam()),
         optax.add_decayed_weights(weight_decay, decay_mask(trainable))
         if weight_decay
         else optax.identity(),
+        scale_by(method.rates(trainable)) if method.rates else optax.identity(),
     )
+
+
+def scale_by(factors: State) -> optax.GradientTransformation:
+    """Multiply every update by its own factor."""
+    return optax.stateless(lambda updates, _: jax.tree.map(jnp.multiply, updates, factors))
 
 
 @functools.partial(

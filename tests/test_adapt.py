@@ -1,6 +1,7 @@
 """One conformance suite over every row of METHODS, with its options, on two families."""
 
 import functools
+import inspect
 import math
 from typing import Any, NamedTuple
 
@@ -12,12 +13,11 @@ from flax import nnx
 from tiny import apply_of, assert_close, logits_of, model_of, oracle_of
 
 from jax_lowrank import models, train
-from jax_lowrank.adapt import METHODS
+from jax_lowrank.adapt import METHODS, lora
 from jax_lowrank.adapt.method import count, dtypes
 from jax_lowrank.data import Batch
 
 LORA = {"rank": 4, "alpha": 8.0}
-# name -> (row of METHODS, options, adapted layers of 2, adapted modules by family)
 ALL = {
     "gpt2": ("qkv", "out", "up", "down"),
     "llama_tied": (*"qkv", "out", "gate", "up", "down"),
@@ -26,29 +26,65 @@ ATTENTION = {"gpt2": ("qkv", "out"), "llama_tied": (*"qkv", "out")}
 QV = {"gpt2": ("qkv",), "llama_tied": ("q", "v")}
 SOME = {"gpt2": ("out", "down"), "llama_tied": ("out", "down")}
 PATTERN = r"blocks\.(attn\.out|mlp\.down)"
+RANKS = {r".*\.(up|gate)": 6, r"blocks\.mlp\..*": 2}  # the first that matches counts
+ALPHAS = {r".*\.out": 3.0}
+LAST = {"layers": "last", "layer_fraction": 0.5}
+
+
+class Case(NamedTuple):
+    """A row of METHODS with options, and what it adapts of the 2 layers."""
+
+    row: str
+    options: dict[str, Any] = {}  # noqa: RUF012
+    layers: int = 2
+    modules: Any = ALL
+    head: tuple[str, ...] = ()  # head_paths of the model: here the final norm
+
+
+NORM = ("norm.scale", "norm.bias")
 CASES = {
-    "full": ("full", {}, 2, None),
-    "lora": ("lora", LORA, 2, ALL),
-    "rslora": ("lora", {**LORA, "rslora": True}, 2, ALL),
-    "dropout": ("lora", {**LORA, "dropout": 0.3}, 2, ALL),
-    "first": ("lora", {**LORA, "layer_fraction": 0.5, "layers": "first"}, 1, ALL),
-    "last": ("lora", {**LORA, "layer_fraction": 0.5, "layers": "last"}, 1, ALL),
-    "random": ("lora", {**LORA, "layer_fraction": 0.5, "layers": "random"}, 1, ALL),
-    "qv": ("lora", {**LORA, "targets": "qv"}, 2, QV),
-    "attention": ("lora", {**LORA, "targets": "attention"}, 2, ATTENTION),
-    "pattern": ("lora", {"rank": 1, "alpha": 1.0, "targets": PATTERN}, 2, SOME),
+    "full": Case("full"),
+    "bitfit": Case("bitfit", head=NORM),
+    "head": Case("head", head=NORM),
+    "lora": Case("lora", LORA),
+    "rslora": Case("lora", {**LORA, "rslora": True}),
+    "dropout": Case("lora", {**LORA, "dropout": 0.3}),
+    "first": Case("lora", {**LORA, "layer_fraction": 0.5, "layers": "first"}, 1),
+    "last": Case("lora", {**LORA, **LAST}, 1),
+    "random": Case("lora", {**LORA, "layer_fraction": 0.5, "layers": "random"}, 1),
+    "qv": Case("lora", {**LORA, "targets": "qv"}, 2, QV),
+    "attention": Case("lora", {**LORA, "targets": "attention"}, 2, ATTENTION),
+    "pattern": Case("lora", {"rank": 1, "alpha": 1.0, "targets": PATTERN}, 2, SOME),
+    "ranks": Case(
+        "lora",
+        {
+            **LORA,
+            "rank_pattern": RANKS,
+            "alpha_pattern": ALPHAS,
+            "init": "gaussian",
+            "plus_ratio": 4.0,
+        },
+    ),
+    "pissa": Case("lora", {**LORA, "init": "pissa"}, head=NORM),
+    "olora": Case("lora", {**LORA, "init": "olora", "rslora": True, **LAST}, 1),
+    "dora": Case("lora", {**LORA, "dora": True, "dropout": 0.3, **LAST}, 1),
 }
 FAMILIES = ("gpt2", "llama_tied")
 # The second family differs in its modules, which these options meet; all options on both would only
 # compile more.
 PAIRS = [(case, "gpt2") for case in CASES]
-PAIRS += [(case, "llama_tied") for case in ("full", "lora", "random", "qv", "attention")]
+PAIRS += [(case, "llama_tied") for case in ("full", "lora", "random", "qv", "attention", "ranks")]
 every_case = pytest.mark.parametrize(("case", "family"), PAIRS)
 both_families = pytest.mark.parametrize("family", FAMILIES)
 
 
-def test_every_method_is_in_the_suite():
-    assert {row for row, *_ in CASES.values()} == set(METHODS)
+def test_every_method_and_option_is_in_the_suite():
+    assert {case.row for case in CASES.values()} == set(METHODS)
+    assert {name for case in CASES.values() for name in case.options} == set(
+        inspect.signature(METHODS["lora"]).parameters
+    )
+    inits = {case.options.get("init", "kaiming") for case in CASES.values()}
+    assert inits == set(lora.INITS)
 
 
 class Made(NamedTuple):
@@ -62,9 +98,9 @@ class Made(NamedTuple):
 @functools.cache
 def made(case, family):
     """A case's method on a family, split with key 3."""
-    row, options, _, _ = CASES[case]
+    row, options, _, _, head = CASES[case]
     method = METHODS[row](**options)
-    model = model_of(family)
+    model = model_of(family)._replace(head_paths=head)
     return Made(model, method, *method.split(jax.random.key(3), model))
 
 
@@ -85,9 +121,7 @@ def batches_of(family, steps=3):
 
 
 def optimizer_of(m):
-    return train.make_optimizer(
-        m.trainable, weight_decay=0.01, clip=1.0, transform=m.method.transform
-    )
+    return train.make_optimizer(m.trainable, m.method, weight_decay=0.01, clip=1.0)
 
 
 def copied(tree):
@@ -107,12 +141,30 @@ def test_output_is_unchanged_at_init(case, family):
     assert_close(output, base, atol=2e-6, rtol=1e-6)
 
 
-@pytest.mark.parametrize("case", ["lora", "last"])
+@pytest.mark.parametrize("case", [case for case in CASES if CASES[case].row == "lora"])
 def test_output_change_at_init_is_exactly_zero(case):
-    m, tokens = made(case, "gpt2"), oracle_of("gpt2")["tokens"]
-    with jax.disable_jit():  # operation by operation, in the order that is written
-        base = nnx.merge(m.model.graphdef, m.model.params)(tokens)
-        np.testing.assert_array_equal(nnx.merge(m.graphdef, m.trainable, m.frozen)(tokens), base)
+    m, rng = made(case, "gpt2"), np.random.default_rng(0)
+    base = dict(nnx.iter_modules(nnx.merge(m.model.graphdef, m.model.params)))
+    adapted = 0
+    for path, linear in nnx.iter_modules(nnx.merge(m.graphdef, m.trainable, m.frozen)):
+        if getattr(linear, "adapter", None) is None:
+            continue
+        kernel = linear.kernel[...]
+        linear.adapter.expand(kernel)
+        for layer in range(len(kernel)):
+            x, plain = jnp.float32(rng.standard_normal((5, kernel.shape[1]))), base[path]
+            ours, theirs = (layer_of(module, layer) for module in (linear, plain))
+            # Operation by operation. DoRA divides a norm by itself, summed in another order.
+            rounding = 1e-6 if CASES[case].options.get("dora") else 0
+            np.testing.assert_allclose(ours(x, jax.random.key(1)), theirs(x), rounding, rounding)
+        adapted += 1
+    assert adapted == len(CASES[case].modules["gpt2"])
+
+
+def layer_of(module, layer):
+    """One layer of a stacked module."""
+    graphdef, state = nnx.split(module)
+    return nnx.merge(graphdef, jax.tree.map(lambda x: x[layer], state))
 
 
 @every_case
@@ -184,19 +236,35 @@ WHOLE = {
 }
 
 
+# Biases: per layer of two norms and of four linear layers, and of the final norm.
+BIASES = 2 * (2 * 32 + 9 * 32) + 32
+
+
+def closed_form(case, family):
+    """Trained and frozen scalars of a case."""
+    row, options, num_layers, modules, head = CASES[case]
+    own = 2 * 32 if head else 0
+    if row == "full":
+        return WHOLE[family], 0
+    if row in ("bitfit", "head"):
+        trained = own if row == "head" else BIASES + own // 2  # the norm's bias is a bias already
+        return trained, WHOLE[family] - trained
+    ranks = {"up": 6, "gate": 6, "down": 2} if case == "ranks" else {}
+    sizes = {name: LINEAR[family][name] for name in modules[family]}
+    rank = {name: ranks.get(name, options["rank"]) for name in sizes}
+    factors = num_layers * sum(rank[name] * sum(size) for name, size in sizes.items())
+    norms = num_layers * sum(out for _, out in sizes.values()) if options.get("dora") else 0
+    start = factors if options.get("init") in lora.FROM_BASE else 0
+    return factors + norms + own, WHOLE[family] - own + start
+
+
 @every_case
 def test_sizes_equal_the_closed_form(case, family):
-    row, options, num_layers, modules = CASES[case]
     m = made(case, family)
-    if row == "full":
-        expected, frozen = WHOLE[family], 0
-    else:
-        rank = options["rank"]
-        expected = num_layers * sum(rank * sum(LINEAR[family][name]) for name in modules[family])
-        frozen = WHOLE[family]
-    assert (count(m.trainable), count(m.frozen)) == (expected, frozen)
+    trained, frozen = closed_form(case, family)
+    assert (count(m.trainable), count(m.frozen)) == (trained, frozen)
     # Adam: two moments per trained scalar and the number of steps; nothing for frozen ones.
-    assert count(optimizer_of(m).init(m.trainable)) == 2 * expected + 1
+    assert count(optimizer_of(m).init(m.trainable)) == 2 * trained + 1
     assert dtypes(m.trainable) == ("float32",)
 
 
@@ -205,12 +273,14 @@ def test_trainable_and_frozen_are_two_trees(case, family):
     m = made(case, family)
     trainable, frozen = models.by_path(m.trainable), models.by_path(m.frozen)
     assert not trainable.keys() & frozen.keys()
-    base = models.by_path(m.model.params)
-    if CASES[case][0] == "full":
-        assert trainable.keys() == base.keys()
-    else:
-        assert frozen.keys() == base.keys()
-        assert all(path.split(".")[-2:-1] == ["adapter"] for path in trainable)
+    assert trainable.keys() >= set(m.model.head_paths)
+    base, added = models.by_path(m.model.params), ".adapter."
+    assert {p for p in trainable.keys() | frozen.keys() if added not in p} == base.keys()
+    assert all(p.endswith((".a0", ".b0")) for p in frozen if added in p)
+    assert not any(p.endswith((".a0", ".b0")) for p in trainable)
+    # The frozen part is the base itself: it is not held twice.
+    for path, value in frozen.items():
+        assert added in path or value.unsafe_buffer_pointer() == base[path].unsafe_buffer_pointer()
 
 
 def coin_flips(rng, rows):

@@ -67,10 +67,10 @@ def test_dropout_preserves_the_expectation():
     rng, rate, draws = np.random.default_rng(0), 0.3, 4000
     x, a, b = (jnp.float32(rng.standard_normal(s)) for s in ((5, 8), (8, 4), (4, 6)))
     options = {"scale": 2.0, "layers": (0,), "index": 3}
-    plain = Adapter(a, b, dropout=0.0, **options)(x, None)
+    plain = Adapter(a, b, dropout=0.0, **options)(x, None, None, None)
     adapter = Adapter(a, b, dropout=rate, **options)
     keys = jax.random.split(jax.random.key(0), draws)
-    outs = np.asarray(jax.jit(jax.vmap(lambda key: adapter(x, key)))(keys))
+    outs = np.asarray(jax.jit(jax.vmap(lambda key: adapter(x, None, None, key)))(keys))
     error = outs.std(0) / math.sqrt(draws)
     assert (error > 0).all() and (np.abs(outs.mean(0) - plain) < 5 * error).all()
     # Var = s² Σ_i (x_i w_io)² p/(1-p) for independent inputs dropped with probability p.
@@ -83,7 +83,7 @@ def test_dropout_masks_differ_between_modules_and_layers():
 
     def mask(index, key):
         options = {"scale": 1.0, "dropout": 0.5, "layers": (0,), "index": index}
-        return np.asarray(Adapter(eye, eye, **options)(x, key)) > 0
+        return np.asarray(Adapter(eye, eye, **options)(x, None, None, key)) > 0
 
     one, other, deeper = mask(0, key), mask(1, key), mask(0, jax.random.fold_in(key, 1))
     for difference in (one != other, one != deeper):
@@ -192,7 +192,7 @@ def test_options_outside_their_rules(options, message):
         ),
         ({"targets": "query"}, r"'query' matches no layer.*all-linear, attention, qv.*attn.qkv"),
         ({"targets": r"attn\.qkv"}, r"matches no layer"),  # a whole path, not a part of it
-        ({"targets": "blocks.(attn"}, r"'blocks.\(attn' is not a regular expression"),
+        ({"targets": "blocks.(attn"}, r"pattern 'blocks.\(attn' is not a regular expression"),
     ],
 )
 def test_options_that_do_not_fit_the_model(options, message):
@@ -208,7 +208,7 @@ def test_the_largest_rank_fits():
 
 @pytest.mark.parametrize("case", ["full", "lora"])
 def test_a_bfloat16_base_is_trained_in_float32(case):
-    row, options, _, _ = CASES[case]
+    row, options, *_ = CASES[case]
     model = models.load(FIXTURES / "gpt2", jnp.bfloat16)
     method = METHODS[row](**options)
     m = Made(model, method, *method.split(jax.random.key(0), model))

@@ -1,14 +1,16 @@
 """Configurations: every rule says the value, the rule and the nearest valid choice."""
 
 import dataclasses
+import inspect
 import re
 from pathlib import Path
 
 import pytest
+import tyro
 
 from jax_lowrank import config
 from jax_lowrank.adapt import METHODS
-from jax_lowrank.adapt.lora import LAYER_CHOICES
+from jax_lowrank.adapt.lora import INITS, LAYER_CHOICES
 from jax_lowrank.config import (
     ConfigError,
     EvalSpec,
@@ -42,13 +44,20 @@ def study(**changed):
 @pytest.mark.parametrize(
     ("make", "parts"),
     [
-        (lambda: MethodSpec("lorra", (1e-3,)), ["'lorra'", "['full', 'lora']", "mean 'lora'"]),
+        (lambda: MethodSpec("lorra", (1e-3,)), ["'lorra'", "['full', 'lora', ", "mean 'lora'"]),
         (lambda: MethodSpec("full", ()), ["full has no learning rate"]),
         (lambda: MethodSpec("full", (0.0,)), ["learning rate 0.0 is not positive", "1e-3"]),
         (lambda: MethodSpec("lora", (1e-3,)), ["rank 0 is below 1", "use 1"]),
         (lambda: dataclasses.replace(LORA, dropout=1.0), ["dropout 1.0", "[0, 1)"]),
         (lambda: dataclasses.replace(LORA, layer_fraction=0.0), ["layer_fraction 0.0", "(0, 1]"]),
         (lambda: dataclasses.replace(LORA, layers="lst"), ["'lst'", "mean 'last'"]),
+        (lambda: dataclasses.replace(LORA, init="pisa"), ["init: 'pisa'", "mean 'pissa'"]),
+        (lambda: dataclasses.replace(LORA, alpha=0.0), ["alpha 0.0 is not positive", "16"]),
+        (lambda: dataclasses.replace(LORA, plus_ratio=0.5), ["plus_ratio 0.5 is below 1", "16"]),
+        (lambda: dataclasses.replace(LORA, rank_pattern={"x": 0}), ["rank 0 is below 1"]),
+        (lambda: dataclasses.replace(LORA, alpha_pattern={"x": -1.0}), ["alpha -1.0 is not"]),
+        (lambda: MethodSpec("full", (1e-4,), dora=True), ["dora", "'lora', not of 'full'"]),
+        (lambda: MethodSpec("head", (1e-4,), init="pissa"), ["init", "'lora', not of 'head'"]),
         (lambda: ModelSpec(dtype="bf16"), ["model.dtype", "'bf16'", "bfloat16"]),
         (lambda: TrainSpec(schedule="cosin"), ["'cosin'", "mean 'cosine'"]),
         (lambda: TrainSpec(epochs=0), ["train.epochs 0 is below 1"]),
@@ -81,12 +90,40 @@ def test_names_are_those_of_the_tables():
     # config.py imports no other room, so its names are written out there.
     assert set(config.METHOD_NAMES) == set(METHODS)
     assert config.LAYER_CHOICES == LAYER_CHOICES
+    assert tuple(INITS) == config.INITS
 
 
 def test_options_make_their_method():
     full = MethodSpec("full", (1e-4,))
     assert METHODS["full"](**full.options()).scale is None
     assert METHODS["lora"](**LORA.options()).scale == LORA.alpha / LORA.rank
+    assert METHODS["lora"](**LORA.options()).rates is None
+    plus = dataclasses.replace(LORA, plus_ratio=16.0, dora=True, init="olora")
+    assert METHODS["lora"](**plus.options()).rates is not None
+    for name in ("bitfit", "head"):
+        assert METHODS[name](**MethodSpec(name, (1e-3,)).options()).scale is None
+    # Every option of LoRA can be set from a configuration, and has the same default.
+    options = inspect.signature(METHODS["lora"]).parameters
+    assert LORA.options().keys() == options.keys()
+    for name, value in dataclasses.replace(LORA, rank=1).options().items():
+        if name not in ("rank", "alpha"):
+            assert value == (options[name].default or value), name
+
+
+def test_every_option_can_be_set_on_the_command_line():
+    words = (
+        "--method.rank-pattern blocks.mlp.up 4 blocks.attn.* 2 --method.init pissa --method.dora"
+    )
+    words += " --method.alpha-pattern blocks.mlp.up 3.5 --method.plus-ratio 16"
+
+    @dataclasses.dataclass(frozen=True)
+    class Holder:
+        method: MethodSpec
+
+    spec = tyro.cli(Holder, default=Holder(LORA), args=words.split()).method
+    assert spec.rank_pattern == {"blocks.mlp.up": 4, "blocks.attn.*": 2}
+    assert spec.alpha_pattern == {"blocks.mlp.up": 3.5}
+    assert (spec.init, spec.dora, spec.plus_ratio, spec.rank) == ("pissa", True, 16.0, 8)
 
 
 @pytest.mark.parametrize(
@@ -96,12 +133,22 @@ def test_options_make_their_method():
         ({"targets": "qv"}, "LoRA r=8 (qv)"),
         ({"rslora": True}, "LoRA r=8 (rslora)"),
         ({"layers": "last", "layer_fraction": 0.25}, "LoRA r=8 (last 0.25 of layers)"),
+        ({"dora": True, "dropout": 0.1}, "DoRA r=8 (dropout 0.1)"),
+        ({"plus_ratio": 16, "init": "pissa"}, "LoRA+ r=8 (pissa, B's rate x16)"),
+        (
+            {"rank_pattern": {".*up": 2}, "alpha_pattern": {".*": 4}},
+            "LoRA r=8 (.*up r=2, .* alpha=4)",
+        ),
     ],
 )
 def test_labels(changed, label):
     spec = dataclasses.replace(LORA, **changed)
     assert spec.label == Run("final", spec, 1e-3, 1).label == label
     assert Run("base", None, 0.0, 0).label == "base"
+    assert [MethodSpec(name, (1e-3,)).label for name in ("bitfit", "head")] == [
+        "BitFit",
+        "head only",
+    ]
 
 
 def test_fingerprint_is_the_same_everywhere():
@@ -120,6 +167,7 @@ def test_fingerprint_changes_with_every_field():
             if isinstance(value, bool | int | float) and field.name not in ("accumulate",):
                 fresh = (not value) if isinstance(value, bool) else value / 2 + 1
                 fresh = int(fresh) + (int(fresh) == value) if isinstance(value, int) else fresh
+                fresh = 16.0 if field.name == "plus_ratio" else fresh
                 if field.name in ("dropout", "layer_fraction", "warmup_fraction", "top_p", "level"):
                     fresh = 0.37
                 yield dataclasses.replace(spec, **{field.name: fresh})

@@ -14,6 +14,7 @@ from jax_lowrank.adapt import METHODS
 from jax_lowrank.adapt.method import decay_mask
 from jax_lowrank.data import Batch, make_batches
 
+FULL = METHODS["full"]()
 # Ours -> theirs in train_gpt2.npz: path, and which layer of the stack.
 WATCHED = {
     "c_attn_weight": ("blocks.attn.qkv.kernel", 0),
@@ -67,9 +68,7 @@ def test_three_steps_of_adamw_equal_those_of_pytorch():
     shapes = models.by_path(model.params)
     for path, decayed in models.by_path(decay_mask(model.params)).items():
         assert decayed == (shapes[path].ndim - path.startswith("blocks.") >= 2), path
-    optimizer = train.make_optimizer(
-        model.params, weight_decay=0.1, clip=1.0, transform=lambda inner: inner
-    )
+    optimizer = train.make_optimizer(model.params, FULL, weight_decay=0.1, clip=1.0)
     batch = whole(oracle_of("gpt2")["tokens"])
     trainable, _, losses, norms = take(batch, steps=4, optimizer=optimizer, count=4)
     np.testing.assert_allclose(losses, golden["losses"], rtol=1e-5)
@@ -103,14 +102,13 @@ def test_decay_is_decoupled_from_the_gradient_and_clip_bounds_it():
     from flax import nnx
 
     state = nnx.State({name: nnx.Param(value) for name, value in params.items()})
-    optimizer = train.make_optimizer(state, weight_decay=0.1, clip=0.0, transform=lambda x: x)
+    optimizer = train.make_optimizer(state, FULL, weight_decay=0.1, clip=0.0)
     zeros = jax.tree.map(jnp.zeros_like, state)
     updates, _ = jax.jit(_update, static_argnums=0)(optimizer, zeros, state)
     assert_close(models.by_path(updates)["kernel"], 0.2)
     assert not models.by_path(updates)["scale"].any()
-    clipped = train.make_optimizer(
-        state, weight_decay=0.0, clip=1.0, transform=lambda inner: optax.identity()
-    )
+    plain = FULL._replace(transform=lambda inner: optax.identity())
+    clipped = train.make_optimizer(state, plain, weight_decay=0.0, clip=1.0)
     updates, _ = jax.jit(_update, static_argnums=0)(
         clipped, jax.tree.map(lambda x: x * 9, state), state
     )
@@ -176,9 +174,7 @@ def lora_with_dropout():
     model = model_of("gpt2")
     method = METHODS["lora"](rank=2, alpha=4.0, dropout=0.2)
     graphdef, trainable, frozen = method.split(jax.random.key(0), model)
-    optimizer = train.make_optimizer(
-        trainable, weight_decay=0.0, clip=1.0, transform=method.transform
-    )
+    optimizer = train.make_optimizer(trainable, method, weight_decay=0.0, clip=1.0)
     return graphdef, trainable, frozen, optimizer
 
 

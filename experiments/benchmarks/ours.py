@@ -63,9 +63,7 @@ def prepared(options):
     model = models.create(family, config, jax.random.key(0))
     method = METHODS[options.method](**METHOD_OPTIONS[options.method])
     graphdef, trainable, frozen = method.split(jax.random.key(1), model)
-    optimizer = train.make_optimizer(
-        trainable, weight_decay=0.1, clip=1.0, transform=method.transform
-    )
+    optimizer = train.make_optimizer(trainable, method, weight_decay=0.1, clip=1.0)
     per_call, rng = options.steps_per_call, np.random.default_rng(0)
     weights = np.ones((per_call, BATCH, LENGTH), np.float32)
     weights[:, :, 0] = 0

@@ -1,5 +1,5 @@
 """Fine-tuning methods: a table from name to the function that makes one from its options."""
 
-from jax_lowrank.adapt import full, lora
+from jax_lowrank.adapt import bitfit, full, head, lora
 
-METHODS = {"full": full.make, "lora": lora.make}
+METHODS = {"full": full.make, "lora": lora.make, "bitfit": bitfit.make, "head": head.make}

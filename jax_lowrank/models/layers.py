@@ -49,37 +49,100 @@ low_rank.defvjp(_low_rank_fwd, _low_rank_bwd)
 
 
 class Adapter(nnx.Module):
-    """Low-rank factors beside one `Linear`: adds scale * dropout(x) @ a @ b (Hu et al. 2021).
+    """What fine-tuning puts beside one `Linear`; W is its kernel, which stays as it is.
 
-    With a stack, `a` is (n, in, r) and `b` (n, r, out) for the n adapted `layers` only.
+    LoRA (Hu et al. 2021) adds ΔW = s·A·B. Where A and B start from W itself (PiSSA, OLoRA), the
+    start A₀·B₀ is taken off again: ΔW = s·(A·B - A₀·B₀). DoRA (Liu et al. 2024) then gives every
+    output unit the norm `magnitude`: ΔW' = m / |W + ΔW| * (W + ΔW) - W.
+
+    a (*n, in, r), b (*n, r, out), magnitude (*n, out); n the number of adapted `layers` of a stack,
+    which are () where there is no stack. a0 and b0 are shaped like a and b and stay frozen.
     """
 
-    def __init__(self, a, b, *, scale: float, dropout: float, layers: tuple[int, ...], index: int):
+    def __init__(
+        self,
+        a: Array,
+        b: Array,
+        *,
+        scale: float,
+        dropout: float,
+        layers: tuple[int, ...],
+        index: int,
+        start: tuple[Array, Array] | None = None,
+        magnitude: Array | None = None,
+    ):
         self.a, self.b = nnx.Param(a), nnx.Param(b)
+        self.a0, self.b0 = map(nnx.Param, start) if start else (None, None)
+        self.magnitude = None if magnitude is None else nnx.Param(magnitude)
         self.scale, self.dropout, self.layers, self.index = scale, dropout, layers, index
 
-    def __call__(self, x: Array, key: Array | None) -> Array:
+    def __call__(self, x: Array, y: Array, kernel: Array, key: Array | None) -> Array:
+        """What is added to y = x @ kernel. x (M, in), y (M, out)."""
         if self.dropout and key is not None:
             keep = jax.random.bernoulli(
                 jax.random.fold_in(key, self.index), 1 - self.dropout, x.shape
             )
             x = jnp.where(keep, x / (1 - self.dropout), 0)
-        # The scale multiplies the small factor, not the (M, out) product.
-        return low_rank(x, self.a[...].astype(x.dtype), (self.scale * self.b[...]).astype(x.dtype))
+            if self.magnitude is not None:
+                y = x @ kernel  # as PEFT: what the norm changes sees the dropout too
+        a, b = self.factors()
+        b = self.scale * b  # the small factor, not the (M, out) product
+        if self.magnitude is None:
+            return low_rank(x, a.astype(x.dtype), b.astype(x.dtype))
+        ratio = self.ratio(kernel)
+        added = low_rank(x, a.astype(x.dtype), (ratio[None] * b).astype(x.dtype))
+        return (ratio - 1).astype(x.dtype)[None] * y + added
 
-    def expand(self, num_layers: int) -> None:
-        """Fill the factors up to `num_layers` with zeros, so that they can be scanned.
+    def factors(self) -> tuple[Array, Array]:
+        """P (*n, in, R), Q (*n, R, out) with ΔW = s·P·Q; R is r, or 2r with a start to take off.
+
+        A·B - A₀·B₀ = (A - A₀)·B + A₀·(B - B₀): nothing cancels, and at the start it is exactly 0.
+        """
+        a, b = self.a[...], self.b[...]
+        if self.a0 is None:
+            return a, b
+        a0, b0 = self.a0[...], self.b0[...]
+        return jnp.concatenate([a - a0, a0], -1), jnp.concatenate([b, b - b0], -2)
+
+    def added(self, kernel: Array) -> Array:
+        """W + ΔW (*n, in, out) in float32, before any norm."""
+        a, b = self.factors()
+        return kernel.astype(jnp.float32) + a @ (self.scale * b)
+
+    def ratio(self, kernel: Array) -> Array:
+        """DoRA's magnitude / |W + ΔW| (*n, out) float32; the norm gets no gradient, as in PEFT."""
+        norm = column_norm(jax.lax.stop_gradient(self.added(kernel)))
+        return self.magnitude[...] / jnp.maximum(norm, jnp.finfo(jnp.float32).tiny)
+
+    def merged(self, kernel: Array) -> Array:
+        """The kernel (*n, in, out) with the adapter in it, float32."""
+        whole = self.added(kernel)
+        return whole if self.magnitude is None else self.ratio(kernel)[..., None, :] * whole
+
+    def expand(self, kernel: Array) -> None:
+        """Fill up to all layers of `kernel` (L, in, out) with what changes nothing, to be scanned.
 
         New variables are made: a merged module shares its old ones with the state it came from.
         """
-        if len(self.layers) == num_layers:
+        if len(self.layers) == len(kernel):
             return
+        layers = jnp.array(self.layers)
 
-        def filled(value):
-            zeros = jnp.zeros((num_layers, *value.shape[1:]), value.dtype)
-            return nnx.Param(zeros.at[jnp.array(self.layers)].set(value))
+        def filled(param):
+            rest = jnp.zeros((len(kernel), *param.shape[1:]), param.dtype)
+            return nnx.Param(rest.at[layers].set(param[...]))
 
-        self.a, self.b = filled(self.a[...]), filled(self.b[...])
+        self.a, self.b = filled(self.a), filled(self.b)
+        if self.a0 is not None:
+            self.a0, self.b0 = filled(self.a0), filled(self.b0)
+        if self.magnitude is not None:
+            norm = column_norm(kernel.astype(jnp.float32))
+            self.magnitude = nnx.Param(norm.at[layers].set(self.magnitude[...]))
+
+
+def column_norm(kernel: Array) -> Array:
+    """Euclidean norm (*stack, out) of the weights of each output unit; kernel (*stack, in, out)."""
+    return jnp.sqrt(jnp.square(kernel).sum(-2))
 
 
 class Linear(nnx.Module):
@@ -92,29 +155,57 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Array, key: Array | None = None) -> Array:
         rows = x.reshape(-1, x.shape[-1])
-        y = rows @ self.kernel[...].astype(x.dtype)
+        kernel = self.kernel[...].astype(x.dtype)
+        y = rows @ kernel
         if self.adapter is not None:
-            y = y + self.adapter(rows, key)
+            y = y + self.adapter(rows, y, kernel, key)
         if self.bias is not None:
             y = y + self.bias[...].astype(x.dtype)[None]
         return y.reshape(*x.shape[:-1], y.shape[-1])
 
     def attach(
-        self, a: Array, b: Array, *, scale: float, dropout: float, layers: tuple[int, ...], index
+        self,
+        a: Array,
+        b: Array,
+        *,
+        scale: float,
+        dropout: float,
+        layers: tuple[int, ...],
+        index: int,
+        from_base: bool = False,
+        dora: bool = False,
     ) -> None:
-        """Put low-rank factors beside the frozen kernel; see `Adapter`."""
-        self.adapter = Adapter(a, b, scale=scale, dropout=dropout, layers=layers, index=index)
+        """Put factors beside the frozen kernel; see `Adapter`.
+
+        from_base: a and b start from the kernel, so their start is taken off again.
+        """
+        self.adapter = Adapter(
+            a,
+            b,
+            scale=scale,
+            dropout=dropout,
+            layers=layers,
+            index=index,
+            start=(a, b) if from_base else None,
+            magnitude=column_norm(self.weights(layers)) if dora else None,
+        )
+
+    def weights(self, layers: tuple[int, ...]) -> Array:
+        """The kernels (n, in, out) of some layers of a stack, or the one there is, in float32."""
+        kernel = self.kernel[...]
+        if kernel.ndim == 3 and len(layers) < len(kernel):
+            kernel = kernel[jnp.array(layers)]
+        return kernel.astype(jnp.float32)
 
     def fold(self) -> None:
-        """Add the adapter to the kernel and drop it: W + scale * A @ B, in float32."""
+        """Put the adapter into the kernel, in float32, and drop it."""
         if self.adapter is None:
             return
-        adapter, kernel = self.adapter, self.kernel[...]
-        if kernel.ndim == 3:
-            adapter.expand(kernel.shape[0])
-        delta = jnp.matmul(adapter.a[...], adapter.b[...] * adapter.scale)
-        self.kernel = nnx.Param((kernel.astype(jnp.float32) + delta).astype(kernel.dtype))
-        self.adapter = None
+        kernel, layers = self.kernel[...], self.adapter.layers
+        merged = self.adapter.merged(self.weights(layers)).astype(kernel.dtype)
+        if merged.shape != kernel.shape:
+            merged = kernel.at[jnp.array(layers)].set(merged)
+        self.kernel, self.adapter = nnx.Param(merged), None
 
 
 def normal(key: Array, shape: tuple[int, ...], std: float, dtype) -> Array:
@@ -250,7 +341,7 @@ def scan_layers(
     num_layers = linears[0].kernel[...].shape[0]
     for linear in linears:
         if linear.adapter is not None:
-            linear.adapter.expand(num_layers)
+            linear.adapter.expand(linear.kernel[...])
     graphdef, state = nnx.split(blocks)
 
     def step(carry, layer_input):

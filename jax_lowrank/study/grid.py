@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 
 from jax_lowrank import models, provenance, results, tasks, train
-from jax_lowrank.adapt import METHODS
+from jax_lowrank.adapt import METHODS, lora
 from jax_lowrank.adapt.method import Method, bind, count, dtypes
 from jax_lowrank.config import MethodSpec, Run, fingerprint, plain
 from jax_lowrank.progress import Progress
@@ -92,6 +92,7 @@ class Cell(NamedTuple):
             self.programs[graphdef] = make_program(p.study.train, method, graphdef, trainable)
         program = self.programs[graphdef]
         record = new_record(p, run, method, trainable, frozen)
+        record["effective_scales"] = lora.scales(graphdef, trainable, frozen)
         batches = train_batches(self.train_sequences, p.study.train, run.seed, p.text.pad_id)
         record["padding_fraction"] = round(batches.padding_fraction(), 4)
         log, label = [], f"{run.label} lr {run.learning_rate:g} seed {run.seed} ({run.kind})"

@@ -60,7 +60,7 @@ def fit(
 def make_program(spec: TrainSpec, method, graphdef, trainable) -> Program:
     """Compiled parts for one graph: made once, or every run would compile again."""
     optimizer = train.make_optimizer(
-        trainable, weight_decay=spec.weight_decay, clip=spec.clip, transform=method.transform
+        trainable, method, weight_decay=spec.weight_decay, clip=spec.clip
     )
     merge = jax.jit(functools.partial(method.merge, graphdef))
     return Program(bind(graphdef, remat=spec.remat), merge, optimizer)
