@@ -12,12 +12,14 @@ jax-lowrank: what does low-rank fine-tuning leave behind, compared with full fin
 commands
   study CONFIG [--out DIR] [--FIELD VALUE ...]   run a study, or continue it, and report it
   report DIR                                     report a results directory again
+  export RUN --format hf|peft [--out DIR]        a finished run for transformers or for PEFT
 
 examples
   jax-lowrank study configs/demo.py
   jax-lowrank study configs/demo.py --out results/long --train.epochs 6 --seeds 1 2 3 4 5
   jax-lowrank study configs/stories_honest.py --help      every field of that study, and its value
   jax-lowrank report results/demo
+  jax-lowrank export results/demo/runs/0390465ffc8e30e7 --format peft
 
 CONFIG is a Python file with a function config() that returns a Study, or FILE.py:FUNCTION.
 Results go to results/NAME; a run that is finished there is not run again.
@@ -36,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
 
         print(__version__)
         return 0
-    commands = {"study": study_command, "report": report_command}
+    commands = {"study": study_command, "report": report_command, "export": export_command}
     if args[0] not in commands:
         from jax_lowrank.config import nearest
 
@@ -104,6 +106,25 @@ def report_command(directory: str, rest: list[str]) -> int:
     if rest:
         return fail(f"report takes one directory; {rest[0]!r} is too much")
     return write_report(Path(directory))
+
+
+def export_command(run: str, rest: list[str]) -> int:
+    """Write a finished run as a Hugging Face model or a PEFT adapter."""
+    out, rest = take_option(rest, "--out")
+    format, rest = take_option(rest, "--format")
+    if rest or format is None:
+        return fail(
+            f"export takes one run; {rest[0]!r} is too much" if rest else "export needs --format"
+        )
+    set_up_jax()
+    from jax_lowrank.export import export
+
+    try:
+        path = export(Path(run), format, Path(out) if out else None)
+    except (ValueError, OSError) as error:
+        return fail(str(error))
+    print(f"exported: {path}")
+    return 0
 
 
 def write_report(directory: Path) -> int:
