@@ -50,11 +50,11 @@ def read_prompts(
     Groups come in the order of first mention. Raises TaskError for a missing file or column, an
     empty table, and a row without a prompt or group.
     """
-    rows = _read_table(path)
+    rows = read_table(path)
     if text_column not in rows[0] and HONEST_COLUMN in rows[0]:
         text_column = HONEST_COLUMN
-    _require_column(path, rows, text_column)
-    _require_column(path, rows, group_column)
+    require_column(path, rows, text_column)
+    require_column(path, rows, group_column)
     found: dict[str, tuple[str, str, str, dict[str, None]]] = {}
     for number, row in enumerate(rows, 1):
         text, _, suffix = str(row.get(text_column) or "").partition(SLOT)
@@ -91,11 +91,11 @@ def read_texts(path: str | Path, *, column: str = "text") -> tuple[str, ...]:
 
     Raises TaskError for a missing file or column and where no text is left.
     """
-    if _suffix(path) == ".txt":
+    if suffix_of(path) == ".txt":
         lines: Sequence[str] = _local(path).split("\n")
     else:
-        rows = _read_table(path)
-        _require_column(path, rows, column)
+        rows = read_table(path)
+        require_column(path, rows, column)
         lines = [str(row.get(column) or "") for row in rows]
     texts = tuple(line.strip() for line in lines if line.strip())
     if not texts:
@@ -112,7 +112,7 @@ def read_chunks(
     A line that is longer stays whole. Raises TaskError as read_texts does.
     """
     texts = read_texts(path, column=column)
-    if _suffix(path) != ".txt":
+    if suffix_of(path) != ".txt":
         return texts
     chunks: list[str] = []
     for text in texts:
@@ -160,13 +160,15 @@ def _local(path: str | Path) -> str:
     return read_text(path)
 
 
-def _suffix(path: str | Path) -> str:
+def suffix_of(path: str | Path) -> str:
+    """The ending that says how a file is read, without .gz."""
     name = str(path).lower().removesuffix(".gz")
     return Path(name).suffix
 
 
-def _read_table(path: str | Path) -> list[Mapping[str, Any]]:
-    suffix = _suffix(path)
+def read_table(path: str | Path) -> list[Mapping[str, Any]]:
+    """The rows of a .tsv, .csv or .jsonl file. Raises TaskError for none and for other files."""
+    suffix = suffix_of(path)
     if suffix not in (".tsv", ".csv", ".jsonl"):
         raise TaskError(
             f"{path}: cannot read {suffix or 'a file without an ending'}; use .tsv, .csv or "
@@ -217,8 +219,14 @@ def _read_hub(address: str) -> list[Mapping[str, Any]]:
     return list(table)
 
 
-def _require_column(path: str | Path, rows: Sequence[Mapping[str, Any]], column: str) -> None:
-    columns = list(dict.fromkeys(name for row in rows[:100] for name in row if name is not None))
+def columns_of(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The columns of a table's first rows."""
+    return list(dict.fromkeys(name for row in rows[:100] for name in row if name is not None))
+
+
+def require_column(path: str | Path, rows: Sequence[Mapping[str, Any]], column: str) -> None:
+    """Raise TaskError, naming the columns that are there, unless the table has this one."""
+    columns = columns_of(rows)
     if column not in columns:
         near = difflib.get_close_matches(column, columns, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
