@@ -33,6 +33,17 @@ class Batch(NamedTuple):
     weights: np.ndarray
 
 
+class LabelledBatch(NamedTuple):
+    """tokens (B, S) int32, padded on the right; mask (B, S) bool, True at tokens; labels (B,)
+    int32; weights (B,) float32, 0 for a row that only fills up.
+    """
+
+    tokens: np.ndarray
+    mask: np.ndarray
+    labels: np.ndarray
+    weights: np.ndarray
+
+
 def tokenize(
     tokenizer: Any,
     texts: Sequence[str],
@@ -116,6 +127,7 @@ class Batches:
     batch_size: int
     seed: int
     pad_id: int
+    counted: np.ndarray | None = None  # (total,) bool: whose prediction has weight; None: all
     _memo: dict[int, _Plan] = field(
         default_factory=dict, repr=False
     )  # the newest epoch's plan, to save time only
@@ -137,6 +149,9 @@ class Batches:
                 sequence = self.tokens[self.starts[row] : self.starts[row + 1]]
                 tokens[place, : len(sequence)] = sequence
                 weights[place, 1 : len(sequence)] = 1.0
+                if self.counted is not None:
+                    counted = self.counted[self.starts[row] : self.starts[row + 1]]
+                    weights[place, 1 : len(sequence)] = counted[1:]
         return Batch(tokens, weights)
 
     def rows(self, t: int) -> np.ndarray:
@@ -191,9 +206,12 @@ def make_batches(
     pad_id: int,
     max_waste: float = 0.2,
     max_width: int = 0,
+    counted: Sequence[Sequence[bool]] | None = None,
+    least: int = 2,
 ) -> Batches:
-    """Batches of `batch_size` rows over token sequences of at least 2 tokens.
+    """Batches of `batch_size` rows over token sequences of at least `least` tokens.
 
+    counted: for each token whether predicting it has weight; None: all.
     max_waste: bound on padding_fraction(), in (0, 1). The fewest widths that keep it are taken,
     multiples of 8 first. Few rows of very unlike lengths can make the bound unreachable with full
     batches; then the widths with the least padding found are taken and padding_fraction() tells.
@@ -207,10 +225,11 @@ def make_batches(
     if len(sequences) == 0:
         raise ValueError("no sequences to make batches from")
     lengths = np.fromiter((len(sequence) for sequence in sequences), np.int64, len(sequences))
-    if lengths.min() < 2:
+    if lengths.min() < least:
         row = int(lengths.argmin())
         raise ValueError(
-            f"sequence {row} has {lengths[row]} token(s): nothing to predict; at least 2 are needed"
+            f"sequence {row} has {lengths[row]} token(s): nothing to predict; at least {least} are"
+            " needed"
         )
     if max_width and lengths.max() > max_width:
         raise ValueError(
@@ -226,7 +245,38 @@ def make_batches(
         batch_size=batch_size,
         seed=seed,
         pad_id=pad_id,
+        counted=None if counted is None else np.concatenate([np.asarray(c, bool) for c in counted]),
     )
+
+
+@dataclass(frozen=True, eq=False)
+class LabelledBatches:
+    """Batches of rows with a class each, in the order and widths of `rows`."""
+
+    rows: Batches
+    labels: np.ndarray  # (N,) int32
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """ceil(N / batch_size)."""
+        return self.rows.steps_per_epoch
+
+    def width(self, t: int) -> int:
+        """S of batch t."""
+        return self.rows.width(t)
+
+    def padding_fraction(self) -> float:
+        """Share of an epoch's cells that hold no token."""
+        return self.rows.padding_fraction()
+
+    def batch(self, t: int) -> LabelledBatch:
+        """Batch number t >= 0; whatever the pad id is, `mask` says where the tokens are."""
+        rows = self.rows.rows(t)
+        tokens = self.rows.batch(t).tokens
+        lengths = np.where(rows >= 0, np.diff(self.rows.starts)[rows], 1)
+        mask = np.arange(tokens.shape[1])[None] < lengths[:, None]
+        labels = np.where(rows >= 0, self.labels[rows], 0).astype(np.int32)
+        return LabelledBatch(tokens, mask, labels, (rows >= 0).astype(np.float32))
 
 
 def _choose_widths(

@@ -39,27 +39,75 @@ class NextToken(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnames="apply")
-def _row_nll(apply, states, tokens, lengths):
-    nll = apply(*states).nll(tokens)
-    # Position 0 is not predicted and pads come after the end; both must not count.
-    return jnp.where(jnp.arange(tokens.shape[1])[None] < lengths[:, None], nll, 0.0).sum(1)
+def _row_nll(apply, states, tokens, weights):
+    return (apply(*states).nll(tokens) * weights).sum(1)
 
 
 def likelihood(
-    apply: Callable, states, sequences: Sequence[Sequence[int]], *, batch_size: int, pad_id: int
+    apply: Callable,
+    states,
+    sequences: Sequence[Sequence[int]],
+    *,
+    batch_size: int,
+    pad_id: int,
+    counted: Sequence[Sequence[bool]] | None = None,
 ) -> Likelihood:
-    """-log p of each token sequence given its first token, in float32."""
-    width = max(map(len, sequences))
-    out = []
-    for start in range(0, len(sequences), batch_size):
-        part = sequences[start : start + batch_size]
+    """-log p of each token sequence given its first token, in float32.
+
+    counted: for each token whether it enters the sum; None: all. The first token never does.
+    """
+    if counted is None:
+        counted = [[True] * len(s) for s in sequences]
+    nll = np.zeros(len(sequences), np.float32)
+    blocks = []
+    for rows, tokens, _ in _right_padded(sequences, batch_size, pad_id):
+        weights = np.zeros(tokens.shape, np.float32)
+        for place, row in enumerate(rows):
+            weights[place, 1 : len(sequences[row])] = counted[row][1:]
+        blocks.append((rows, _row_nll(apply, states, tokens, weights)))
+    for rows, values in jax.device_get(blocks):
+        nll[rows] = values[: len(rows)]
+    return Likelihood(nll, np.array([sum(map(bool, c[1:])) for c in counted], np.int32))
+
+
+def _right_padded(sequences, batch_size, pad_id):
+    """(rows, tokens (B, S), mask (B, S)) of all sequences, the short ones together.
+
+    S is a power of two or the greatest length, so that few programs compile. A last block is filled
+    up with rows of one pad; their mask holds one token, because a row without any is undefined.
+    """
+    lengths = np.array([len(s) for s in sequences])
+    order, longest = np.argsort(lengths, kind="stable"), int(lengths.max())
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size]
+        width = min(longest, max(32, 1 << int(lengths[rows].max() - 1).bit_length()))
         tokens = np.full((batch_size, width), pad_id, np.int32)
-        for row, sequence in enumerate(part):
-            tokens[row, : len(sequence)] = sequence
-        lengths = np.array([len(s) for s in part] + [0] * (batch_size - len(part)), np.int32)
-        out.append(_row_nll(apply, states, tokens, lengths)[: len(part)])
-    counts = np.array([len(s) - 1 for s in sequences], np.int32)
-    return Likelihood(np.concatenate(jax.device_get(out)), counts)
+        mask = np.zeros(tokens.shape, bool)
+        mask[:, 0] = True
+        for place, row in enumerate(rows):
+            tokens[place, : lengths[row]] = sequences[row]
+            mask[place, : lengths[row]] = True
+        yield rows, tokens, mask
+
+
+@functools.partial(jax.jit, static_argnames="apply")
+def _class_logits(apply, states, tokens, mask):
+    return apply(*states).classify(tokens, mask)
+
+
+def classify(
+    apply: Callable, states, sequences: Sequence[Sequence[int]], *, batch_size: int, pad_id: int
+) -> np.ndarray:
+    """Class logits (N, C) float32 of each token sequence."""
+    blocks = [
+        (rows, _class_logits(apply, states, tokens, mask))
+        for rows, tokens, mask in _right_padded(sequences, batch_size, pad_id)
+    ]
+    blocks = jax.device_get(blocks)
+    logits = np.zeros((len(sequences), blocks[0][1].shape[1]), np.float32)
+    for rows, values in blocks:
+        logits[rows] = values[: len(rows)]
+    return logits
 
 
 @functools.partial(jax.jit, static_argnames="apply")

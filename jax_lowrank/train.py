@@ -64,6 +64,17 @@ def causal_lm_loss(apply: Callable, trainable: State, frozen: State, batch: Batc
     return (nll * batch.weights).sum(1), batch.weights.sum(1)
 
 
+def classification_loss(apply: Callable, trainable: State, frozen: State, batch, key):
+    """Each row's -log p of its class in nats (B,), 0 for rows that only fill up, and weights (B,).
+
+    `batch`: a data.LabelledBatch.
+    """
+    logits = apply(trainable, frozen).classify(batch.tokens, batch.mask, key=key)
+    picked = jnp.take_along_axis(logits, batch.labels[:, None], axis=1)[:, 0]
+    nll = jax.nn.logsumexp(logits, axis=1) - picked
+    return nll * batch.weights, batch.weights
+
+
 def make_optimizer(
     trainable: State, method: Method, *, weight_decay: float, clip: float
 ) -> optax.GradientTransformation:
@@ -158,7 +169,7 @@ def chunks(batches: Batches, start: int, stop: int, limit: int) -> Iterator[tupl
         while end < min(stop, step + limit) and batches.width(end) == batches.width(step):
             end += 1
         rows = [batches.batch(t) for t in range(step, end)]
-        yield step, Batch(*(np.stack(part) for part in zip(*rows)))
+        yield step, type(rows[0])(*(np.stack(part) for part in zip(*rows)))
         step = end
 
 
