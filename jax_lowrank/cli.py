@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 HELP = """\
 jax-lowrank: what does low-rank fine-tuning leave behind, compared with full fine-tuning?
@@ -12,19 +14,68 @@ jax-lowrank: what does low-rank fine-tuning leave behind, compared with full fin
 commands
   study CONFIG [--out DIR] [--FIELD VALUE ...]   run a study, or continue it, and report it
   report DIR                                     report a results directory again
-  export RUN --format hf|peft [--out DIR]        a finished run for transformers or for PEFT
+  finetune --model PATH --data FILE [...]        one run: LoRA, full fine-tuning and others
+  generate RUN_OR_MODEL --prompt TEXT [...]      continue prompts
+  evaluate RUN_OR_MODEL --data FILE [...]        measure on a file
+  export RUN --format hf|peft [--out DIR]        what transformers or PEFT reads
 
 examples
   jax-lowrank study configs/demo.py
   jax-lowrank study configs/demo.py --out results/long --train.epochs 6 --seeds 1 2 3 4 5
-  jax-lowrank study configs/stories_honest.py --help      every field of that study, and its value
   jax-lowrank report results/demo
-  jax-lowrank export results/demo/runs/0390465ffc8e30e7 --format peft
+  jax-lowrank finetune --model ./llama --data chats.jsonl --out results/chat
+  jax-lowrank COMMAND --help                              examples and every field of a command
+  jax-lowrank study configs/stories_honest.py --help      every field of that study, and its value
 
 CONFIG is a Python file with a function config() that returns a Study, or FILE.py:FUNCTION.
 Results go to results/NAME; a run that is finished there is not run again.
 Exit codes: 0 done, 1 a run failed, 2 the input is wrong, 130 interrupted.
 """
+
+FINETUNE_HELP = """\
+Fine-tune a checkpoint on a file: text, prompts with completions, chats, or texts with classes.
+
+examples
+  jax-lowrank finetune --model ./llama --data pairs.jsonl --rank 16 --learning-rate 1e-4
+  jax-lowrank finetune --model ./bert --data reviews.csv --method full --test held-out.csv --dry-run
+
+--dry-run checks everything and prints the configuration, sizes and memory; it writes no result.
+The best epoch by validation loss is kept. --out DIR is where the run goes; default: under results/.
+Short for dotted fields: --model, --data, --validation, --test, --rank, --learning-rate, --epochs,
+--batch-size, --max-length; --method NAME chooses the method and its usual learning rate.
+"""
+
+GENERATE_HELP = """\
+Continue prompts with a finished run, or with a checkpoint.
+
+examples
+  jax-lowrank generate results/chat --prompt "Where is the key?" --chat
+  jax-lowrank generate ./llama --prompts prompts.jsonl --temperature 0 --max-new-tokens 32
+
+One prompt prints its continuations; a file prints one JSON object a prompt.
+"""
+
+EVALUATE_HELP = """\
+Measure a finished run, or a checkpoint, on a file.
+
+examples
+  jax-lowrank evaluate results/chat --data held-out.jsonl
+  jax-lowrank evaluate results/reviews --data other.csv --data.columns.text body --out results/other
+
+--out DIR keeps metrics.json and predictions.npz. A run brings its columns, classes and max_length.
+"""
+
+SHORT = {
+    "--model": "--model.path",
+    "--data": "--data.path",
+    "--validation": "--data.validation",
+    "--test": "--data.test",
+    "--rank": "--method.rank",
+    "--learning-rate": "--method.learning-rates",
+    "--epochs": "--train.epochs",
+    "--batch-size": "--train.batch-size",
+    "--max-length": "--train.max-length",
+}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -38,18 +89,21 @@ def main(argv: list[str] | None = None) -> int:
 
         print(__version__)
         return 0
-    commands = {"study": study_command, "report": report_command, "export": export_command}
+    commands = {
+        "study": study_command,
+        "report": report_command,
+        "finetune": finetune_command,
+        "generate": generate_command,
+        "evaluate": evaluate_command,
+    }
     if args[0] not in commands:
         from jax_lowrank.config import nearest
 
         return fail(f"command {nearest(args[0], commands)}; see jax-lowrank --help")
-    if len(args) < 2 or args[1] in ("-h", "--help"):
-        print(HELP)
-        return 0 if len(args) > 1 else fail(f"{args[0]} needs an argument")
     try:
-        return commands[args[0]](args[1], args[2:])
+        return commands[args[0]](args[1:])
     except KeyboardInterrupt:
-        return fail("interrupted; the same command continues with the next unfinished run", 130)
+        return fail("interrupted; the same command does again what is not finished", 130)
 
 
 def fail(message: str, code: int = 2) -> int:
@@ -63,24 +117,58 @@ def note(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def study_command(config: str, rest: list[str]) -> int:
+def parse(kind: type, default: Any, args: list[str], prog: str, description: str = "") -> Any:
+    """`default` with the fields that args set. A rule that a value breaks is raised as ConfigError;
+    tyro itself says what is wrong with a flag, and ends the program.
+    """
+    import contextlib
+    import io
+
+    import tyro
+
+    from jax_lowrank.config import ConfigError
+
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(kind, default=default, args=args, prog=prog, description=description)
+    except SystemExit as stop:
+        cause = stop.__context__
+        while cause is not None and not isinstance(cause, ConfigError):
+            cause = cause.__context__
+        if cause is None:
+            sys.stderr.write(said.getvalue())
+            raise
+        raise ConfigError(str(cause)) from None
+
+
+def split_target(command: str, what: str, args: list[str]) -> tuple[str, list[str]]:
+    """The first argument and the others; ("", ["--help"]) where help is wanted instead."""
+    from jax_lowrank.config import ConfigError
+
+    if args and args[0] in ("-h", "--help"):
+        return "", ["--help"]
+    if not args or args[0].startswith("-"):
+        raise ConfigError(f"{command} needs {what} first; see jax-lowrank {command} --help")
+    return args[0], args[1:]
+
+
+def study_command(args: list[str]) -> int:
     """Run the study of a config file, and write its report."""
     from jax_lowrank.config import ConfigError, Study, load_config
 
     try:
+        config, rest = split_target("study", "a config file", args)
+        if not config:
+            print(HELP)
+            return 0
+        out, rest = take_option(rest, "--out")
         study = load_config(config)
+        if rest:
+            prog = f"jax-lowrank study {config} [--out DIR]"
+            study = parse(Study, study, rest, prog)
     except (ConfigError, OSError) as error:
         return fail(str(error))
-    out, rest = take_option(rest, "--out")
-    if rest:
-        import tyro
-
-        try:
-            study = tyro.cli(
-                Study, default=study, args=rest, prog=f"jax-lowrank study {config} [--out DIR]"
-            )
-        except ConfigError as error:
-            return fail(str(error))
     use_fast_memory()
     set_up_jax()
     from jax_lowrank import results
@@ -101,30 +189,127 @@ def study_command(config: str, rest: list[str]) -> int:
     return write_report(directory)
 
 
-def report_command(directory: str, rest: list[str]) -> int:
+def report_command(args: list[str]) -> int:
     """Make the report of finished runs again."""
+    try:
+        directory, rest = split_target("report", "a results directory", args)
+    except ValueError as error:
+        return fail(str(error))
+    if not directory:
+        print(HELP)
+        return 0
     if rest:
         return fail(f"report takes one directory; {rest[0]!r} is too much")
     return write_report(Path(directory))
 
 
-def export_command(run: str, rest: list[str]) -> int:
-    """Write a finished run as a Hugging Face model or a PEFT adapter."""
-    out, rest = take_option(rest, "--out")
-    format, rest = take_option(rest, "--format")
-    if rest or format is None:
-        return fail(
-            f"export takes one run; {rest[0]!r} is too much" if rest else "export needs --format"
-        )
+def finetune_command(args: list[str]) -> int:
+    """One run, or what it would be."""
+    from jax_lowrank.config import ConfigError
+    from jax_lowrank.config_run import FinetuneSpec, default_method
+
+    out, args = take_option(args, "--out")
+    name, args = take_option(args, "--method")
+    dry, args = "--dry-run" in args, [arg for arg in args if arg != "--dry-run"]
+    prog = "jax-lowrank finetune [--out DIR] [--dry-run]"
+    try:
+        default = FinetuneSpec(method=default_method(name or "lora"))
+        spec = parse(FinetuneSpec, default, lengthen(args, SHORT), prog, FINETUNE_HELP)
+    except ConfigError as error:
+        return fail(str(error))
+    use_fast_memory()
     set_up_jax()
-    from jax_lowrank.export import export
+    from jax_lowrank import finetune
+    from jax_lowrank.train import DivergedError
 
     try:
-        path = export(Path(run), format, Path(out) if out else None)
+        job = finetune.prepare(spec, out or "", note)
+        if dry:
+            print(finetune.describe(job))
+            return 0
+        record = finetune.finished(job)
     except (ValueError, OSError) as error:
         return fail(str(error))
-    print(f"exported: {path}")
+    try:
+        if record is None:
+            record = finetune.execute(job, note)
+        else:
+            note(f"{job.out} is finished: this run was done before")
+    except (DivergedError, OSError) as error:
+        return fail(f"{error}; nothing was written", 1)
+    print("\n".join(finetune.summary(record)))
+    print(f"run: {job.out}")
     return 0
+
+
+def generate_command(args: list[str]) -> int:
+    """Continuations of prompts, on stdout."""
+    from jax_lowrank.config_run import GenerateSpec
+
+    try:
+        target, rest = split_target("generate", "a run or a model", args)
+        spec = parse(
+            GenerateSpec, GenerateSpec(), rest, "jax-lowrank generate RUN_OR_MODEL", GENERATE_HELP
+        )
+        set_up_jax()
+        from jax_lowrank import trained
+
+        prompts = trained.read_prompts(spec)
+        texts = trained.generate(trained.load(target, spec.model), prompts, spec)
+    except (ValueError, OSError) as error:
+        return fail(str(error))
+    for prompt, continued in zip(prompts, texts):
+        if spec.prompt:
+            print("\n".join(continued))
+        else:
+            print(json.dumps({"prompt": prompt, "completions": continued}, ensure_ascii=False))
+    return 0
+
+
+def evaluate_command(args: list[str]) -> int:
+    """Metrics on a file."""
+    from jax_lowrank.config_run import EvaluateSpec
+
+    try:
+        target, rest = split_target("evaluate", "a run or a model", args)
+        out, rest = take_option(rest, "--out")
+        default = _evaluation_defaults(target) if target else EvaluateSpec()
+        rest = lengthen(rest, {"--data": "--data.path"})
+        prog = "jax-lowrank evaluate RUN_OR_MODEL [--out DIR]"
+        spec = parse(EvaluateSpec, default, rest, prog, EVALUATE_HELP)
+        set_up_jax()
+        from jax_lowrank import trained
+
+        metrics, arrays = trained.evaluate(trained.load(target, spec.model), spec)
+        if out:
+            trained.write_evaluation(Path(out), metrics, arrays)
+    except (ValueError, OSError) as error:
+        return fail(str(error))
+    print(trained.sentence(metrics))
+    return 0
+
+
+def _evaluation_defaults(target: str) -> Any:
+    """What a run says of its data, for another file of the same kind."""
+    from jax_lowrank.config_run import ColumnSpec, DataSpec, EvaluateSpec
+    from jax_lowrank.results import read_run_config
+
+    config = read_run_config(Path(target))
+    if "data" not in config:
+        return EvaluateSpec()
+    known = config["data"]
+    data = DataSpec(
+        kind=known["kind"],
+        columns=ColumnSpec(**known["columns"]),
+        mask_prompt=known["mask_prompt"],
+    )
+    return EvaluateSpec(data, config["train"]["max_length"], level=config["level"])
+
+
+def lengthen(args: list[str], short: dict[str, str]) -> list[str]:
+    """args with short flags written out."""
+    split = [arg.partition("=") for arg in args]
+    return ["".join((short.get(name, name), equals, value)) for name, equals, value in split]
 
 
 def write_report(directory: Path) -> int:

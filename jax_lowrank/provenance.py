@@ -8,6 +8,8 @@ import importlib.metadata
 import json
 import os
 import platform
+import resource
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -55,6 +57,12 @@ def environment() -> Mapping[str, Any]:
         "num_cores": os.cpu_count(),
         "code": code_hash(),
     }
+
+
+def peak_memory_mb() -> int:
+    """The most memory that this process has held so far (resident set), in MB."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak // (1 << 20 if sys.platform == "darwin" else 1 << 10)
 
 
 def cpu_name() -> str:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 
@@ -115,7 +115,7 @@ def load(
     Raises:
       WeightsError: naming every missing, unexpected and mis-shaped tensor at once.
     """
-    handles = [safe_open(file, framework="numpy") for file in weight_files(directory)]
+    handles = [_open(file) for file in weight_files(directory)]
     where = {name: handle for handle in handles for name in handle.keys()}  # noqa: SIM118
     where = _with_prefix(where, rows, heads)
     wanted = {name: (row, layer) for name, row, layer in expand(rows, abstract)}
@@ -142,6 +142,13 @@ def load(
             + "\n  ".join(problems)
         )
     return {row.path: _read(row, abstract[row.path].shape, where, dtype) for row in rows}
+
+
+def _open(file: Path):
+    try:
+        return safe_open(file, framework="numpy")
+    except SafetensorError as error:  # not a ValueError
+        raise WeightsError(f"{file} cannot be read: {error}") from error
 
 
 def _with_prefix(where: Mapping, rows: Sequence[Row], heads: tuple[str, ...]) -> dict:

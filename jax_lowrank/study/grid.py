@@ -20,6 +20,7 @@ from jax_lowrank.study.prepare import PROMPT_SPLITS, Prepared
 from jax_lowrank.study.training import (
     Program,
     fit,
+    guards,
     make_program,
     mean_nll,
     progress_log,
@@ -88,6 +89,9 @@ class Cell(NamedTuple):
         method = METHODS[self.spec.name](**self.spec.options())
         key = jax.random.key(run.seed)
         graphdef, trainable, frozen = method.split(key, p.model)
+        if not self.programs:
+            line = guards(self.spec.label, method, trainable, frozen, count(p.model.params))
+            self.progress.note(line)
         if graphdef not in self.programs:
             self.programs[graphdef] = make_program(p.study.train, method, graphdef, trainable)
         program = self.programs[graphdef]
@@ -139,7 +143,16 @@ class Cell(NamedTuple):
         apply, states = self.evaluated(program, fitted.trainable, frozen)
         arrays, completions = measure(p, apply, states)
         record["seconds"]["evaluate"] = round(time.perf_counter() - began, 3)
-        results.write_run(p.out, record, log, arrays, completions, models.by_path(fitted.trainable))
+        config = results.run_config(
+            p.directory,
+            str(dtypes(p.model.params)[0]),
+            p.model.head,
+            run.method.name,
+            run.method.options(),
+            run.seed,
+        )
+        weights = models.by_path(fitted.trainable)
+        results.write_run(p.out, record, log, arrays, completions, weights, config)
         note(f"{label}: {summary(record, arrays)}")
 
     def evaluated(self, program: Program, trainable, frozen) -> tuple[Callable, tuple]:

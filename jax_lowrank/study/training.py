@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 
 from jax_lowrank import data, infer, train
-from jax_lowrank.adapt.method import bind
+from jax_lowrank.adapt.method import Method, bind, count, dtypes
 from jax_lowrank.config import TrainSpec
 from jax_lowrank.progress import Progress
 
@@ -38,12 +38,13 @@ def fit(
     validate: Callable,
     log: Callable,
     key,
+    loss: Callable = train.causal_lm_loss,
 ) -> train.Fitted:
     """`train.fit` with the settings of a TrainSpec."""
     steps = train.num_steps(batches, spec.epochs)
     return train.fit(
         apply=program.apply,
-        loss=train.causal_lm_loss,
+        loss=loss,
         optimizer=program.optimizer,
         trainable=trainable,
         frozen=frozen,
@@ -54,6 +55,16 @@ def fit(
         accumulate=spec.accumulate,
         steps_per_call=spec.steps_per_call,
         key=key,
+    )
+
+
+def guards(label: str, method: Method, trainable, frozen, total: int) -> str:
+    """What must be right before training starts: counts, scale and dtypes in one line."""
+    scale = "" if method.scale is None else f" at scale {method.scale:g}"
+    kept = f"frozen {', '.join(dtypes(frozen))}" if dtypes(frozen) else "nothing frozen"
+    return (
+        f"{label}: trains {count(trainable):,} of {total:,} parameters{scale};"
+        f" trainable {', '.join(dtypes(trainable))}, {kept}"
     )
 
 

@@ -1,0 +1,395 @@
+"""One fine-tuning run: check everything, train, measure before and after, write one directory.
+
+RUN/ holds config.json, record.json, splits.json (row ids), log.jsonl, predictions.npz (example by
+example) and trainable.safetensors.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from jax_lowrank import data, models, provenance, results, train
+from jax_lowrank.adapt import METHODS
+from jax_lowrank.adapt.method import Method, count, dtypes
+from jax_lowrank.config import fingerprint, plain, require
+from jax_lowrank.config_run import DataSpec, FinetuneSpec
+from jax_lowrank.models.head import Head
+from jax_lowrank.progress import Progress
+from jax_lowrank.study.prepare import Text, load_text, param_dtype
+from jax_lowrank.study.training import fit, guards, make_program, progress_log
+from jax_lowrank.tasks import encode, text
+from jax_lowrank.trained import mean_loss, measure, observe, sentence
+
+FILES = ("config.json", "record.json", "splits.json", "log.jsonl", "predictions.npz")
+
+
+class Job(NamedTuple):
+    """A run that passed every check, ready to train."""
+
+    spec: FinetuneSpec
+    out: Path
+    data: text.Data
+    encoded: Mapping[str, encode.Encoded]
+    text: Text
+    model: models.Model
+    directory: Path  # of the base model
+    weights_hash: str
+    method: Method
+    parts: tuple  # graphdef, trainable, frozen
+    fingerprint: str
+
+
+def prepare(spec: FinetuneSpec, out: str, note: Callable[[str], None]) -> Job:
+    """Check everything that can be checked before training; writes nothing.
+
+    out: the run's directory; empty: one under results/, named by data, method and fingerprint.
+    Raises ValueError (ConfigError, TaskError, WeightsError, ...) or OSError, in one sentence.
+    """
+    require(bool(spec.model.path), "no model; give --model DIRECTORY or a hub id")
+    require(bool(spec.data.path), "no data; give --data FILE")
+    examples = read_data(spec.data)
+    directory = models.weights.resolve(spec.model.path, spec.model.revision)
+    words = load_text(directory)
+    key = jax.random.key(spec.seed)
+    head = head_for(examples.kind, examples.classes)
+    note(f"loading {directory}")
+    dtype = param_dtype(spec.model.dtype)
+    model = models.load(directory, dtype, head=head, key=jax.random.fold_in(key, 1))
+    words = words._replace(vocab_size=model.config.vocab_size)
+    check_length(spec.train.max_length, model)
+    encoded = {
+        name: encode.encode(
+            examples.kind,
+            split.ids,
+            split.inputs,
+            words,
+            max_length=spec.train.max_length,
+            mask_prompt=spec.data.mask_prompt,
+        )
+        for name, split in examples.splits.items()
+    }
+    method = METHODS[spec.method.name](**spec.method.options())
+    parts = method.split(key, model)
+    weights_hash = provenance.hash_files(directory)
+    name = run_fingerprint(spec, examples, words, model, weights_hash)
+    place = Path(out) if out else Path("results") / default_name(spec, name)
+    check_place(place, name)
+    return Job(
+        spec, place, examples, encoded, words, model, directory, weights_hash, method, parts, name
+    )
+
+
+def read_data(spec: DataSpec) -> text.Data:
+    """The splits that a DataSpec describes."""
+    return text.make(
+        spec.path,
+        validation=spec.validation,
+        test=spec.test,
+        split_column=spec.split_column,
+        validation_fraction=spec.validation_fraction,
+        max_train=spec.max_train,
+        kind=spec.kind,
+        columns=text.Columns(**plain(spec.columns)),
+        classes=spec.labels,
+        seed=spec.seed,
+    )
+
+
+def head_for(kind: str, classes: tuple[str, ...]) -> Head:
+    """The head that examples of a kind ask for."""
+    return Head("classification", classes) if kind == "classification" else Head("causal-lm")
+
+
+def check_length(max_length: int, model: models.Model) -> None:
+    """Raise ConfigError where rows may be longer than the model's positions."""
+    limit = model.config.max_positions
+    require(
+        max_length <= limit,
+        f"max_length {max_length} is above the model's {limit} positions; use --max-length {limit}",
+    )
+
+
+def run_fingerprint(spec: FinetuneSpec, examples: text.Data, words: Text, model, weights_hash: str):
+    """Names a run: everything that its stored outputs depend on, and nothing else."""
+    tokenizer = (words.tokenizer.backend_tokenizer.to_str(), words.tokenizer.chat_template)
+    return fingerprint(
+        (spec.method.name, spec.method.options(), spec.method.learning_rates),
+        (spec.train, spec.seed, spec.level, spec.data.mask_prompt),
+        (text.data_hash(examples), weights_hash, tokenizer),
+        (model.head, dtypes(model.params), provenance.code_hash()),
+    )
+
+
+def default_name(spec: FinetuneSpec, name: str) -> str:
+    """DATA-METHOD-FINGERPRINT."""
+    stem = Path(spec.data.path).name.split(".")[0] or "data"
+    return f"{stem}-{spec.method.name}-{name[:8]}"
+
+
+def check_place(place: Path, name: str) -> None:
+    """Raise ResultsError unless the run, or nothing, is there, and files can be made there."""
+    record = provenance.read_json(place / "record.json")
+    if record is not None and record.get("fingerprint") != name:
+        raise results.ResultsError(
+            f"{place} holds a run of other settings, data or code ({record.get('fingerprint')}, not"
+            f" {name}); choose another --out"
+        )
+    if record is None and place.exists() and (not place.is_dir() or any(place.iterdir())):
+        raise results.ResultsError(f"{place} is there and holds no run; choose another --out")
+    above = next(p for p in (place.absolute(), *place.absolute().parents) if p.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise results.ResultsError(f"cannot write to {place}: {above} is not a writable directory")
+
+
+def describe(job: Job) -> str:
+    """What a run would do, and in how much memory: for --dry-run. Compiles a step to know it."""
+    spec, (graphdef, trainable, frozen) = job.spec, job.parts
+    program, batches = make_program(spec.train, job.method, graphdef, trainable), make_batches(job)
+    steps = train.num_steps(batches, spec.train.epochs)
+    state = jax.eval_shape(program.optimizer.init, trainable)
+    widest = max(range(batches.steps_per_epoch), key=batches.width)
+    limit = spec.train.steps_per_call
+    stacked = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((limit, *x.shape), x.dtype), batches.batch(widest)
+    )
+    lowered = train.run_steps.lower(
+        apply=program.apply,
+        loss=loss_for(job.data.kind),
+        optimizer=program.optimizer,
+        accumulate=spec.train.accumulate,
+        trainable=trainable,
+        opt_state=state,
+        frozen=frozen,
+        batches=stacked,
+        rates=jax.ShapeDtypeStruct((limit,), np.float32),
+        count=0,
+        key=jax.random.key(spec.seed),
+        first=0,
+    )
+    temporary = lowered.compile().memory_analysis().temp_size_in_bytes
+    amounts = {
+        "frozen": num_bytes(frozen),
+        "trainable": num_bytes(trainable),
+        "optimizer": num_bytes(state),
+        "gradients and activations": temporary,
+    }
+    parts = ", ".join(f"{name} {megabytes(size)}" for name, size in amounts.items())
+    return (
+        f"{json.dumps(resolved(job), indent=1)}\n{sizes(job)}\n{start_line(job)}\n"
+        f"steps: {steps:,} ({batches.steps_per_epoch:,} an epoch), at most"
+        f" {spec.train.batch_size} x {batches.width(widest)} tokens each\n"
+        f"memory: {parts}; {megabytes(sum(amounts.values()))} in all, beside Python's own\n"
+        f"would write {job.out}: {', '.join(FILES)}, trainable.safetensors"
+        f" ({megabytes(num_bytes(trainable))})"
+    )
+
+
+def num_bytes(tree) -> int:
+    """Bytes of a pytree's arrays."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def megabytes(size: int) -> str:
+    """A number of bytes, for people."""
+    return f"{size / 1e6:,.1f} MB" if size >= 1e5 else f"{size / 1e3:,.1f} kB"
+
+
+def finished(job: Job) -> dict | None:
+    """The record, when this very run was done before."""
+    return provenance.read_json(job.out / "record.json")
+
+
+def start_line(job: Job) -> str:
+    """What must be right before training starts."""
+    _, trainable, frozen = job.parts
+    spec = job.spec.method
+    line = guards(spec.label, job.method, trainable, frozen, count(job.model.params))
+    return f"{line}; learning rate {spec.learning_rates[0]:g}"
+
+
+def sizes(job: Job) -> str:
+    """Rows of each split, in one line."""
+    parts = []
+    for name, encoded in job.encoded.items():
+        cut = f", {encoded.num_truncated:,} cut" if encoded.num_truncated else ""
+        seen = job.data.repeated.get(name, 0)
+        seen = f", {seen:,} also trained on" if seen else ""
+        parts.append(f"{name} {len(encoded.sequences):,} rows{cut}{seen}")
+    return f"{job.data.kind}: " + "; ".join(parts)
+
+
+def make_batches(job: Job):
+    """The batches of the training rows."""
+    encoded, spec = job.encoded["train"], job.spec
+    make = partial(
+        data.make_batches,
+        encoded.sequences,
+        batch_size=spec.train.batch_size,
+        seed=spec.seed,
+        pad_id=job.text.pad_id,
+        max_width=spec.train.max_length,
+    )
+    if job.data.kind == "classification":
+        return data.LabelledBatches(make(least=1), job.data.splits["train"].labels)
+    return make(counted=encoded.counted)
+
+
+def loss_for(kind: str) -> Callable:
+    """The training loss of a kind of examples."""
+    return train.classification_loss if kind == "classification" else train.causal_lm_loss
+
+
+def execute(job: Job, note: Callable[[str], None]) -> dict:
+    """Train and measure, and write the run's directory, whole or not at all; its record."""
+    spec, (graphdef, trainable, frozen) = job.spec, job.parts
+    for leftover in job.out.absolute().parent.glob(f".partial-{job.out.name}-*"):
+        shutil.rmtree(leftover)
+    note(sizes(job))
+    note(start_line(job))
+    began = time.perf_counter()
+    program = make_program(spec.train, job.method, graphdef, trainable)
+    batches = make_batches(job)
+    held_out = [name for name in job.encoded if name != "train"]
+
+    def outputs(trainable, name):
+        labels = job.data.splits[name].labels
+        model = (program.apply, (trainable, frozen))
+        return observe(
+            job.data.kind, *model, job.encoded[name], labels, spec.eval_batch_size, job.text.pad_id
+        )
+
+    before = {name: outputs(trainable, name) for name in held_out}
+    log, num_trainable = [], count(trainable)
+    with Progress(train.num_steps(batches, spec.train.epochs)) as progress:
+        fitted = fit(
+            spec.train,
+            program,
+            trainable=trainable,
+            frozen=frozen,
+            batches=batches,
+            peak=spec.method.learning_rates[0],
+            validate=lambda state: mean_loss(outputs(state, "validation")),
+            log=progress_log(progress, spec.method.label, log),
+            key=jax.random.key(spec.seed),
+            loss=loss_for(job.data.kind),
+        )
+    after = {name: outputs(fitted.trainable, name) for name in held_out}
+    record = new_record(job, before, after, fitted, num_trainable)
+    record["padding_fraction"] = round(batches.padding_fraction(), 4)
+    record["seconds"] = {
+        "train": round(fitted.seconds, 3),
+        "all": round(time.perf_counter() - began, 3),
+    }
+    write(job, record, log, after, models.by_path(fitted.trainable))
+    return record
+
+
+def new_record(job: Job, before: dict, after: dict, fitted: train.Fitted, trained: int) -> dict:
+    """What a run's record says."""
+    spec, model = job.spec, job.model
+    majority = None
+    if job.data.kind == "classification":
+        majority = int(np.bincount(job.data.splits["train"].labels).argmax())
+    return {
+        "fingerprint": job.fingerprint,
+        "model": {
+            "path": spec.model.path,
+            "weights_hash": job.weights_hash,
+            "family": model.family,
+            "head": model.head.kind,
+            "labels": list(model.head.labels),
+        },
+        "kind": job.data.kind,
+        "method": {"name": spec.method.name, **plain(spec.method.options())},
+        "label": spec.method.label,
+        "learning_rate": spec.method.learning_rates[0],
+        "seed": spec.seed,
+        "effective_scale": job.method.scale,
+        "trainable_parameters": trained,
+        "total_parameters": count(model.params),
+        "dtypes": {"trainable": dtypes(fitted.trainable), "frozen": dtypes(job.parts[2])},
+        "data_hash": text.data_hash(job.data),
+        "splits": {
+            name: {
+                "rows": len(encoded.sequences),
+                "tokens": sum(map(len, encoded.sequences)),
+                "truncated": encoded.num_truncated,
+                "also_trained_on": job.data.repeated.get(name, 0),
+                "hash": text.split_hash(job.data.splits[name].ids),
+            }
+            for name, encoded in job.encoded.items()
+        },
+        "majority_class": None if majority is None else model.head.labels[majority],
+        "num_steps": fitted.num_steps,
+        "best_step": fitted.best_step,
+        "validation_loss": fitted.validation_loss,
+        "tokens_per_second": round(fitted.tokens_per_second, 1),
+        "metrics": {
+            name: {
+                "before": measure(before[name], spec.level, majority),
+                "after": measure(after[name], spec.level, majority),
+            }
+            for name in after
+        },
+        "peak_memory_mb": provenance.peak_memory_mb(),
+        "environment": provenance.environment(),
+    }
+
+
+def resolved(job: Job) -> dict:
+    """The run's configuration as plain JSON, complete enough to rebuild the model from it."""
+    spec, model = job.spec, job.model
+    local = Path(spec.model.path).expanduser().is_dir()
+    path = str(job.directory.resolve()) if local else spec.model.path
+    config = results.run_config(
+        path,
+        dtypes(model.params)[0],
+        model.head,
+        spec.method.name,
+        plain(spec.method.options()),
+        spec.seed,
+    )
+    config["model"]["revision"] = spec.model.revision
+    config["learning_rate"] = spec.method.learning_rates[0]
+    config["data"] = {**plain(spec.data), "kind": job.data.kind, "labels": list(job.data.classes)}
+    rest = {name: plain(getattr(spec, name)) for name in ("train", "eval_batch_size", "level")}
+    rest["train"].pop("learning_rate")
+    return config | rest
+
+
+def write(job: Job, record: dict, log: list[dict], outputs: dict, weights: Mapping) -> None:
+    """The run's directory."""
+    predictions = {
+        f"{name}/{key}": array
+        for name, arrays in outputs.items()
+        for key, array in {"ids": np.array(job.data.splits[name].ids), **arrays}.items()
+    }
+
+    def fill(partial: Path) -> None:
+        results.save_trained(partial, weights, resolved(job))
+        (partial / "record.json").write_text(json.dumps(record, indent=1))
+        splits = {name: list(split.ids) for name, split in job.data.splits.items()}
+        (partial / "splits.json").write_text(json.dumps(splits))
+        (partial / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
+        np.savez_compressed(partial / "predictions.npz", **predictions)
+
+    results.write_directory(job.out, fill)
+
+
+def summary(record: dict) -> list[str]:
+    """What a finished run says on the terminal."""
+    return [
+        f"{split} {when}: {sentence(found)}"
+        for split, both in record["metrics"].items()
+        for when, found in both.items()
+    ]

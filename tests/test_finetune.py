@@ -1,0 +1,321 @@
+"""Single runs end to end on a tiny checkpoint: what they learn, store, repeat and refuse."""
+
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny_text
+from safetensors.numpy import load_file
+from tiny_text import jsonl
+
+from jax_lowrank import cli, data, finetune, infer, models, train, trained
+from jax_lowrank.adapt.method import bind
+from jax_lowrank.config import MethodSpec, ModelSpec, TrainSpec
+from jax_lowrank.config_run import DataSpec, FinetuneSpec
+from jax_lowrank.tasks import encode
+
+SMALL = ["--max-length", "32", "--epochs", "3", "--batch-size", "8", "--learning-rate", "0.01"]
+
+
+def run(arguments, monkeypatch, capsys):
+    """(exit code, stdout, stderr) of one command in this process."""
+    monkeypatch.setattr(cli, "use_fast_memory", lambda: None)
+    monkeypatch.setattr(cli, "set_up_jax", lambda: None)
+    try:
+        code = cli.main([str(a) for a in arguments])
+    except SystemExit as stop:
+        code = stop.code
+    return code, *capsys.readouterr()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A checkpoint, files of every kind, and one finished run of each."""
+    place = tmp_path_factory.mktemp("finetune")
+    tiny_text.checkpoint(place / "model", chat=True)
+    jsonl(place / "completion.jsonl", tiny_text.pairs())
+    jsonl(place / "classification.jsonl", tiny_text.labelled())
+    jsonl(place / "chat.jsonl", tiny_text.chats())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cli, "use_fast_memory", lambda: None)
+        patch.setattr(cli, "set_up_jax", lambda: None)
+        for kind, method in METHOD.items():
+            file = place / f"{kind}.jsonl"
+            out = ["--out", str(place / "runs" / kind), "--method", method]
+            line = ["finetune", "--model", str(place / "model"), "--data", str(file), *out, *SMALL]
+            more = ["--epochs", "20"] if kind == "chat" else []
+            assert cli.main([*line, "--test", str(file), *more]) == 0
+    return place
+
+
+METHOD = {"completion": "lora", "classification": "full", "chat": "lora"}
+
+
+def record_of(run):
+    return json.loads((run / "record.json").read_text())
+
+
+@pytest.mark.parametrize("kind", METHOD)
+def test_a_run_learns_and_says_what_it_did(folder, kind):
+    run = folder / "runs" / kind
+    record = record_of(run)
+    assert record["kind"] == kind and record["label"] in ("LoRA r=8", "full fine-tuning")
+    rows = {name: split["rows"] for name, split in record["splits"].items()}
+    assert (
+        rows["train"] + rows["validation"]
+        == rows["test"]
+        == record["splits"]["test"]["also_trained_on"] + rows["validation"]
+    )
+    before, after = (record["metrics"]["test"][when] for when in ("before", "after"))
+    name = "nll" if kind == "classification" else "nats_per_token"
+    assert after[name]["estimate"] < before[name]["estimate"]
+    assert after[name]["low"] < after[name]["estimate"] < after[name]["high"]
+    assert record["metrics"]["validation"]["after"][name]["estimate"] == pytest.approx(
+        record["validation_loss"]
+    )
+    assert record["environment"]["jax"] and record["peak_memory_mb"] > 50
+    assert record["dtypes"]["trainable"] == ["float32"]
+    assert record["effective_scale"] == (2.0 if METHOD[kind] == "lora" else None)
+    splits = json.loads((run / "splits.json").read_text())
+    assert not set(splits["train"]) & set(splits["validation"])
+    lines = (run / "log.jsonl").read_text().splitlines()
+    assert len(lines) >= 3 + 4  # a line a call, and one a validation
+
+
+@pytest.mark.parametrize("kind", METHOD)
+def test_the_metrics_come_from_the_stored_predictions(folder, kind):
+    run = folder / "runs" / kind
+    with np.load(run / "predictions.npz") as stored:
+        arrays = {k.removeprefix("test/"): v for k, v in stored.items() if k.startswith("test/")}
+    record = record_of(run)
+    assert arrays.pop("ids").tolist() == json.loads((run / "splits.json").read_text())["test"]
+    majority = None if kind != "classification" else 0
+    assert trained.measure(arrays, 0.95, majority) == record["metrics"]["test"]["after"]
+
+
+@pytest.mark.parametrize("kind", METHOD)
+def test_a_run_is_rebuilt_from_its_directory(folder, kind, monkeypatch, capsys):
+    run_directory = folder / "runs" / kind
+    file = folder / f"{kind}.jsonl"
+    out = folder / f"again-{kind}"
+    code, said, err = run(
+        ["evaluate", run_directory, "--data", file, "--out", out], monkeypatch, capsys
+    )
+    assert code == 0, err
+    found = json.loads((out / "metrics.json").read_text())
+    record = record_of(run_directory)
+    after = record["metrics"]["test"]["after"]
+    name = "accuracy" if kind == "classification" else "perplexity"
+    assert found[name]["estimate"] == pytest.approx(after[name]["estimate"], rel=1e-5)
+    assert found["rows"] == record["splits"]["test"]["rows"] and name in said
+    code, _, err = run(
+        ["evaluate", run_directory, "--data", file, "--out", out], monkeypatch, capsys
+    )
+    assert code == 2 and "is there already" in err
+
+
+def test_classes_are_learnt(folder):
+    record = record_of(folder / "runs" / "classification")
+    test = record["metrics"]["test"]["after"]
+    assert test["accuracy"]["estimate"] == 1.0 > test["majority_accuracy"]["estimate"]
+    assert test["accuracy"]["n"] == 40 and test["support"] == [20, 20]
+    assert record["model"]["labels"] == ["neg", "pos"] and record["majority_class"] in (
+        "neg",
+        "pos",
+    )
+
+
+def spec_of(folder, kind="completion", **changed):
+    fields = {
+        "model": ModelSpec(str(folder / "model")),
+        "data": DataSpec(str(folder / f"{kind}.jsonl")),
+        "method": MethodSpec("lora", (1e-2,), rank=2),
+        "train": TrainSpec(epochs=1, batch_size=8, max_length=32),
+    }
+    return FinetuneSpec(**{**fields, **changed})
+
+
+def prepared(folder, **changed):
+    return finetune.prepare(spec_of(folder, **changed), str(folder / "nowhere"), lambda text: None)
+
+
+def test_the_prompt_gets_no_gradient(folder):
+    """The loss's gradient is that of the completion's log-probabilities, written out by hand."""
+    job = prepared(folder, method=MethodSpec("full", (1e-2,)))
+    graphdef, trainable, frozen = job.parts
+    batches, encoded = finetune.make_batches(job), job.encoded["train"]
+    full = next(t for t in range(batches.steps_per_epoch) if batches.rows(t).min() >= 0)
+    batch, rows = batches.batch(full), batches.rows(full)
+    begins = [encoded.counted[row].index(True) for row in rows]
+    assert min(begins) >= 5  # <eos> and a prompt of four words or more
+
+    def by_hand(trainable):
+        log_probs = jax.nn.log_softmax(bind(graphdef)(trainable, frozen)(batch.tokens))
+        total = jnp.float32(0)
+        for place, (row, begin) in enumerate(zip(rows, begins)):
+            for t in range(begin, len(encoded.sequences[row])):
+                total -= log_probs[place, t - 1, batch.tokens[place, t]]
+        return total
+
+    def ours(trainable, batch):
+        return train.causal_lm_loss(bind(graphdef), trainable, frozen, batch, None)[0].sum()
+
+    expected = jax.jit(jax.grad(by_hand))(trainable)
+    found = jax.jit(jax.grad(ours))(trainable, batch)
+    for one, other in zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-4)
+    unmasked = data.make_batches(encoded.sequences, batch_size=8, seed=0, pad_id=job.text.pad_id)
+    whole = jax.jit(jax.grad(ours))(trainable, unmasked.batch(full))
+    gaps = jax.tree.map(lambda a, b: np.abs(a - b).max(), expected, whole)
+    assert max(jax.tree.leaves(gaps)) > 0.1
+
+
+def test_without_masking_every_token_counts(folder):
+    masked = prepared(folder)
+    whole = prepared(folder, data=DataSpec(str(folder / "completion.jsonl"), mask_prompt=False))
+    assert masked.fingerprint != whole.fingerprint
+    weights = [finetune.make_batches(job).batch(0).weights.sum() for job in (masked, whole)]
+    assert weights[0] < weights[1]
+    scored = infer.likelihood(
+        bind(masked.model.graphdef),
+        (masked.model.params,),
+        masked.encoded["train"].sequences,
+        batch_size=8,
+        pad_id=0,
+        counted=masked.encoded["train"].counted,
+    )
+    assert scored.tokens.sum() == sum(sum(c) for c in masked.encoded["train"].counted)
+
+
+def test_padding_does_not_change_a_class(folder):
+    job = prepared(folder, data=DataSpec(str(folder / "classification.jsonl")))
+    sequences = [s[: 2 + i % 4] for i, s in enumerate(job.encoded["train"].sequences)]
+    job = job._replace(encoded={"train": encode.Encoded(sequences, None, 0)})
+    model = (bind(job.model.graphdef), (job.model.params,))
+    one = infer.classify(*model, sequences, batch_size=8, pad_id=job.text.pad_id)
+    other = infer.classify(*model, sequences, batch_size=36, pad_id=7)
+    np.testing.assert_allclose(one, other, atol=1e-6)
+    alone = infer.classify(*model, sequences[3:4], batch_size=1, pad_id=0)
+    np.testing.assert_allclose(alone[0], one[3], atol=1e-6)
+    batches = finetune.make_batches(job)
+    steps = [batches.batch(t) for t in range(batches.steps_per_epoch)]
+    assert sum(b.weights.sum() for b in steps) == len(sequences) == 36
+    total = [
+        train.classification_loss(
+            lambda *s: bind(job.model.graphdef)(s[0]), job.model.params, None, b, None
+        )
+        for b in steps
+    ]
+    by_hand = finetune.mean_loss({"logits": one, "labels": job.data.splits["train"].labels})
+    assert sum(t[0].sum() for t in total) / 36 == pytest.approx(by_hand, rel=1e-5)
+
+
+def arguments(folder, out, *more, kind="completion"):
+    file = folder / f"{kind}.jsonl"
+    return ["finetune", "--model", folder / "model", "--data", file, "--out", out, *SMALL, *more]
+
+
+def test_a_dry_run_writes_nothing(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    code, said, _ = run([*arguments(folder, "out")[:5], *SMALL, "--dry-run"], monkeypatch, capsys)
+    assert code == 0 and list(tmp_path.iterdir()) == []
+    config, _, rest = said.partition("\n}\n")
+    assert json.loads(config + "}")["train"]["epochs"] == 3
+    # Per layer qkv 16x48, out 16x16, up 16x32, down 32x16, at rank 8; optimizer: two moments.
+    assert "trains 3,072 of" in rest and "at scale 2" in rest
+    assert "trainable 12.3 kB, optimizer 24.6 kB" in rest and "gradients and activations" in rest
+    assert "would write results/completion-lora-" in rest
+
+
+def test_the_same_run_is_not_done_again(folder, monkeypatch, capsys):
+    out = folder / "runs" / "completion"
+    line = arguments(folder, out, "--test", folder / "completion.jsonl")
+    stamp = (out / "record.json").stat().st_mtime_ns
+    monkeypatch.setattr(finetune, "execute", None)  # would fail
+    code, said, err = run(line, monkeypatch, capsys)
+    assert code == 0 and "this run was done before" in err and "test after: perplexity" in said
+    assert (out / "record.json").stat().st_mtime_ns == stamp
+    code, _, err = run([*line, "--seed", "1"], monkeypatch, capsys)
+    assert code == 2 and "holds a run of other settings, data or code" in err
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt(), OSError(28, "No space left on device")])
+def test_a_run_that_is_stopped_leaves_nothing(folder, tmp_path, stop, monkeypatch, capsys):
+    def fail(*args, **kwargs):
+        raise stop
+
+    monkeypatch.setattr(np, "savez_compressed", fail)
+    code, _, err = run(arguments(folder, tmp_path / "out"), monkeypatch, capsys)
+    assert code == (130 if isinstance(stop, KeyboardInterrupt) else 1), err
+    assert "Traceback" not in err and list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_run_left_is_cleared_away(folder, tmp_path, monkeypatch, capsys):
+    (tmp_path / ".partial-out-abc").mkdir()
+    (tmp_path / ".partial-other-abc").mkdir()
+    code, _, err = run(arguments(folder, tmp_path / "out", "--epochs", 1), monkeypatch, capsys)
+    assert code == 0, err
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".partial-other-abc", "out"]
+
+
+def test_the_guards_are_said_before_training(folder, tmp_path, monkeypatch, capsys):
+    def stop(*args, **kwargs):
+        raise train.DivergedError(3, float("nan"))
+
+    monkeypatch.setattr(finetune, "fit", stop)
+    code, _, err = run(arguments(folder, tmp_path / "out"), monkeypatch, capsys)
+    assert code == 1 and "loss is nan at step 3" in err and "nothing was written" in err
+    assert "completion: train 22 rows; validation 2 rows" in err
+    assert "LoRA r=8: trains 3,072 of" in err and "at scale 2; trainable float32, frozen" in err
+
+
+def test_generation(folder, monkeypatch, capsys):
+    chosen = ["--temperature", "0", "--max-new-tokens", "6"]
+    completion = folder / "runs" / "completion"
+    code, said, err = run(
+        ["generate", completion, "--prompt", "where is the cat red", *chosen], monkeypatch, capsys
+    )
+    assert code == 0, err
+    rows = tiny_text.pairs(3)
+    jsonl(folder / "prompts.jsonl", rows)
+    code, many, err = run(
+        ["generate", completion, "--prompts", folder / "prompts.jsonl", *chosen, "--samples", 2],
+        monkeypatch,
+        capsys,
+    )
+    found = [json.loads(line) for line in many.splitlines()]
+    assert [f["prompt"] for f in found] == [r["prompt"] for r in rows]
+    assert all(len(f["completions"]) == 2 and len(set(f["completions"])) == 1 for f in found)
+    code, said, err = run(
+        ["generate", folder / "runs" / "chat", "--chat", "--prompt", "where is the cat ?", *chosen],
+        monkeypatch,
+        capsys,
+    )
+    assert code == 0 and said.split()[:3] == ["in", "the", "box"], said + err
+    code, said, err = run(
+        ["generate", folder / "model", "--prompt", "the cat", "--max-new-tokens", 3],
+        monkeypatch,
+        capsys,
+    )
+    assert code == 0 and said.strip(), err
+
+
+def test_a_changed_base_or_damaged_arrays_are_noticed(folder, tmp_path):
+    copy = tmp_path / "run"
+    shutil.copytree(folder / "runs" / "completion", copy)
+    config = json.loads((copy / "config.json").read_text())
+    assert set(load_file(copy / "trainable.safetensors")) == set(
+        models.by_path(trained.load_run(copy).states[0])
+    )
+    config["method"]["rank"] = 4
+    (copy / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"trainable.safetensors does not fit its config.json"):
+        trained.load_run(copy)
+    other = tiny_text.checkpoint(tmp_path / "other", seed=1)
+    config["model"]["path"] = str(other)
+    (copy / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="no longer holds the weights"):
+        trained.load_run(copy)
