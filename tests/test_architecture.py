@@ -20,8 +20,11 @@ ALLOWED = {
     **dict.fromkeys(("models.attention", "models.output", "models.weights"), ()),
     "models.layers": ("models.attention",),
     "models.head": ("models.layers", "models.weights"),
-    # the base file of the families
-    "models.decoder": ("models.attention", "models.head", "models.layers", "models.output"),
+    # the base files of the families
+    **dict.fromkeys(
+        ("models.decoder", "models.encoder"),
+        ("models.attention", "models.head", "models.layers", "models.output"),
+    ),
     "models": ("models",),
     "adapt": ("adapt",),
     "evaluation.intervals": (),
@@ -39,7 +42,9 @@ ALLOWED = {
     "__main__": ("cli",),
     "__init__": (),
 }
-FAMILY_BASE = tuple(f"models.{m}" for m in ("attention", "decoder", "head", "layers", "weights"))
+FAMILY_BASE = tuple(
+    f"models.{m}" for m in ("attention", "decoder", "encoder", "head", "layers", "weights")
+)
 
 
 @functools.cache

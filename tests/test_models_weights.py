@@ -108,8 +108,8 @@ def test_no_weights_no_config_no_shard(tmp_path):
 @pytest.mark.parametrize(
     ("name", "fields", "message"),
     [
-        ("gpt2", {"model_type": "gpt3"}, r"'gpt3' .*\['gpt2', 'llama', 'mistral'\].*mean 'gpt2'"),
-        ("gpt2", {"model_type": "bert"}, r"'bert' is not supported.*'gpt2', 'llama', 'mistral'"),
+        ("gpt2", {"model_type": "gpt3"}, r"'gpt3' .*'gpt2', 'llama', 'mistral'.*mean 'gpt2'"),
+        ("gpt2", {"model_type": "mamba"}, r"'mamba' is not supported.*'gpt2', 'llama', 'mistral'"),
         ("gpt2", {"activation_function": "swish"}, "activation_function 'swish'.*'gelu_new'"),
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=True"),
         ("gpt2", {"scale_attn_weights": False}, "scale_attn_weights=False"),

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jax_lowrank.models import gpt2, llama, weights
+from jax_lowrank.models import bert, gpt2, llama, weights
 from jax_lowrank.models.head import Head, check_labels, stored_head
 from jax_lowrank.models.weights import UnsupportedModelError
 
@@ -26,6 +26,7 @@ class Family(NamedTuple):
 
 # model_type in config.json -> family
 FAMILIES = {
+    **dict.fromkeys(("bert", "roberta", "distilbert"), Family(bert.BertConfig, bert)),
     "gpt2": Family(gpt2.GPT2Config, gpt2),
     "llama": Family(llama.LlamaConfig, llama),
     "mistral": Family(llama.LlamaConfig, llama),
@@ -135,6 +136,8 @@ def save(
 ) -> None:
     """Write `params` (those of `model` or fine-tuned from them) as a Hugging Face directory."""
     rows = FAMILIES[model.family].module.rows(model.config, model.head)
+    if model.head.kind == "embedding":
+        rows = weights.without_prefix(rows)
     config = model.config.to_hf(model.head)
     weights.save(directory, by_path(params), rows, config, max_shard_bytes)
 

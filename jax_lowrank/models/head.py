@@ -5,7 +5,7 @@ Shape letters as in layers.py; C classes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -53,13 +53,30 @@ class Head(NamedTuple):
 
 
 class Classifier(nnx.Module):
-    """Class logits (B, C) in float32 of one vector a row (B, D): linear and no bias by default."""
+    """Class logits (B, C) in float32 of one vector a row (B, D).
 
-    def __init__(self, keys, width: int, num_labels: int, *, bias=False, dtype):
+    Linear; with `between`, a dense layer and that function come first.
+    """
+
+    def __init__(
+        self,
+        keys,
+        width: int,
+        num_labels: int,
+        *,
+        bias: bool = False,
+        between: Callable | None = None,
+        dtype,
+    ):
+        self.dense = Linear(next(keys), width, width, dtype=dtype) if between else None
         self.out = Linear(next(keys), width, num_labels, bias=bias, dtype=dtype)
+        self.between = between
 
     def __call__(self, x: Array, key: Array | None = None) -> Array:
-        return self.out(x.astype(jnp.float32), key)
+        x = x.astype(jnp.float32)
+        if self.dense is not None:
+            x = self.between(self.dense(x, key))
+        return self.out(x, key)
 
 
 def stored_head(config: Mapping, kinds: Sequence[str]) -> Head | None:

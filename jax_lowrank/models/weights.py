@@ -35,7 +35,9 @@ class Row(NamedTuple):
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 # Buffers that older checkpoints carry and nothing reads.
-IGNORED = (".attn.bias", ".attn.masked_bias", "rotary_emb.inv_freq")
+IGNORED = (".attn.bias", ".attn.masked_bias", "rotary_emb.inv_freq", "embeddings.position_ids")
+# Ends of names as TensorFlow wrote them -> today's.
+RENAMED = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
 
 
 def resolve(path: str, revision: str = "main") -> Path:
@@ -155,10 +157,19 @@ def _with_prefix(where: Mapping, rows: Sequence[Row], heads: tuple[str, ...]) ->
     """name -> (file handle, name in the file). A base model is saved without the leading word."""
     prefix = rows[0].name.split(".")[0] + "."
     bare = not any(name.startswith(prefix) for name in where)
-    return {
-        (prefix + name if bare and not name.startswith(heads) else name): (handle, name)
-        for name, handle in where.items()
-    }
+    found = {}
+    for stored, handle in where.items():
+        name = prefix + stored if bare and not stored.startswith(heads) else stored
+        for old, new in RENAMED.items():
+            name = name.removesuffix(old) + new if name.endswith(old) else name
+        found[name] = handle, stored
+    return found
+
+
+def without_prefix(rows: Sequence[Row]) -> list[Row]:
+    """The rows as a base model is saved: names without the leading word."""
+    prefix = rows[0].name.split(".")[0] + "."
+    return [row._replace(name=row.name.removeprefix(prefix)) for row in rows]
 
 
 def expand(rows: Sequence[Row], abstract: Mapping) -> Iterator[tuple[str, Row, int | None]]:
