@@ -17,7 +17,7 @@ commands
   finetune --model PATH --data FILE [...]        one run: LoRA, full fine-tuning and others
   generate RUN_OR_MODEL --prompt TEXT [...]      continue prompts
   evaluate RUN_OR_MODEL --data FILE [...]        measure on a file
-  export RUN --format hf|peft [--out DIR]        what transformers or PEFT reads
+  export RUN --format hf|peft [--out DIR]        a finished run for transformers or for PEFT
 
 examples
   jax-lowrank study configs/demo.py
@@ -65,6 +65,16 @@ examples
 --out DIR keeps metrics.json and predictions.npz. A run brings its columns, classes and max_length.
 """
 
+EXPORT_HELP = """\
+Write a finished run, of finetune or of a study, for other tools.
+
+examples
+  jax-lowrank export results/chat --format hf --out exported     merged weights, for transformers
+  jax-lowrank export results/demo/runs/0390465ffc8e30e7 --format peft     the adapter, for PEFT
+
+Without --out it goes beside the run. What PEFT cannot express is an error.
+"""
+
 SHORT = {
     "--model": "--model.path",
     "--data": "--data.path",
@@ -95,6 +105,7 @@ def main(argv: list[str] | None = None) -> int:
         "finetune": finetune_command,
         "generate": generate_command,
         "evaluate": evaluate_command,
+        "export": export_command,
     }
     if args[0] not in commands:
         from jax_lowrank.config import nearest
@@ -304,6 +315,28 @@ def _evaluation_defaults(target: str) -> Any:
         mask_prompt=known["mask_prompt"],
     )
     return EvaluateSpec(data, config["train"]["max_length"], level=config["level"])
+
+
+def export_command(args: list[str]) -> int:
+    """Write a finished run as a Hugging Face model or a PEFT adapter."""
+    try:
+        run, rest = split_target("export", "a run", args)
+        if not run:
+            print(EXPORT_HELP)
+            return 0
+        out, rest = take_option(rest, "--out")
+        format, rest = take_option(rest, "--format")
+        if rest or format is None:
+            what = f"takes one run; {rest[0]!r} is too much" if rest else "needs --format"
+            return fail(f"export {what}; see jax-lowrank export --help")
+        set_up_jax()
+        from jax_lowrank.export import export
+
+        path = export(Path(run), format, Path(out) if out else None)
+    except (ValueError, OSError) as error:
+        return fail(str(error))
+    print(f"exported: {path}")
+    return 0
 
 
 def lengthen(args: list[str], short: dict[str, str]) -> list[str]:

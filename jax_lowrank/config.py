@@ -10,6 +10,7 @@ import difflib
 import hashlib
 import inspect
 import json
+import re
 import runpy
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
@@ -39,6 +40,7 @@ SCHEDULES = ("cosine", "linear", "constant")
 DTYPES = ("auto", "float32", "bfloat16")
 METHOD_NAMES = ("full", "lora", "bitfit", "head")
 LAYER_CHOICES = ("first", "last", "random")
+LAYER_LIST = re.compile(r"\d+(,\d+)*")
 INITS = ("kaiming", "gaussian", "pissa", "olora")
 
 
@@ -75,7 +77,7 @@ class MethodSpec:
     targets: str = "all-linear"
     """all-linear, attention, qv, or a regular expression for whole paths (blocks.attn.q)."""
     layers: str = "first"
-    """Which layers when layer_fraction < 1: first, last or random."""
+    """Which layers when layer_fraction < 1: first, last or random; or a list such as 0,3,5."""
     layer_fraction: float = 1.0
     rank_pattern: dict[str, int] = field(default_factory=dict)
     """Regular expression for whole paths -> rank, where it is not `rank`."""
@@ -93,7 +95,8 @@ class MethodSpec:
         require(len(self.learning_rates) > 0, f"method {self.name} has no learning rate")
         for rate in self.learning_rates:
             require(rate > 0, f"learning rate {rate} is not positive; 1e-3 is a common start")
-        require(self.layers in LAYER_CHOICES, f"layers: {nearest(self.layers, LAYER_CHOICES)}")
+        known = self.layers in LAYER_CHOICES or LAYER_LIST.fullmatch(self.layers)
+        require(bool(known), f"layers: {nearest(self.layers, LAYER_CHOICES)}")
         require(self.init in INITS, f"init: {nearest(self.init, INITS)}")
         if self.name == "lora":
             self._check_lora()
@@ -123,7 +126,9 @@ class MethodSpec:
             return {"full": "full fine-tuning", "bitfit": "BitFit", "head": "head only"}[self.name]
         extras = [] if self.targets == "all-linear" else [self.targets]
         extras += ["rslora"] if self.rslora else []
-        if self.layer_fraction < 1:
+        if LAYER_LIST.fullmatch(self.layers):
+            extras.append(f"layers {self.layers}")
+        elif self.layer_fraction < 1:
             extras.append(f"{self.layers} {self.layer_fraction:g} of layers")
         extras += [f"dropout {self.dropout:g}"] if self.dropout else []
         extras += [f"{pattern} r={rank}" for pattern, rank in self.rank_pattern.items()]

@@ -132,10 +132,16 @@ def test_logits_equal_those_of_peft(family, rslora):
         (12, "last", 0.25, (9, 10, 11)),
         (12, "last", 0.01, (11,)),
         (3, "first", 0.5, (0, 1)),
+        (6, "5,0,3", 1.0, (0, 3, 5)),
     ],
 )
 def test_choice_of_layers(num_layers, which, fraction, expected):
     assert lora.choose_layers(num_layers, which, fraction, jax.random.key(0)) == expected
+
+
+def test_listed_layers_must_exist():
+    with pytest.raises(ValueError, match=r"layers '0,6': the model's layers are 0 to 5"):
+        lora.choose_layers(6, "0,6", 1.0, jax.random.key(0))
 
 
 def test_random_layers_are_distinct_ascending_and_follow_the_key():
@@ -175,6 +181,7 @@ def test_decay_spares_norms_and_biases():
         ({"dropout": -0.1}, r"dropout -0.1 is outside"),
         ({"layer_fraction": 0.0}, r"layer_fraction 0.0 is outside \(0, 1\]"),
         ({"layer_fraction": 1.5}, r"layer_fraction 1.5 is outside"),
+        ({"layers": "0,"}, r"layers '0,' is not one of .*'first', 'last', 'random'"),
         ({"layers": "middle"}, r"layers 'middle' is not one of .*'first', 'last', 'random'"),
     ],
 )

@@ -16,7 +16,7 @@ from tiny_text import jsonl
 from jax_lowrank import cli
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = ("study", "report", "finetune", "generate", "evaluate")
+COMMANDS = ("study", "report", "finetune", "generate", "evaluate", "export")
 
 
 def run(arguments, monkeypatch, capsys):

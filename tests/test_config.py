@@ -133,6 +133,7 @@ def test_every_option_can_be_set_on_the_command_line():
         ({"targets": "qv"}, "LoRA r=8 (qv)"),
         ({"rslora": True}, "LoRA r=8 (rslora)"),
         ({"layers": "last", "layer_fraction": 0.25}, "LoRA r=8 (last 0.25 of layers)"),
+        ({"layers": "0,3"}, "LoRA r=8 (layers 0,3)"),
         ({"dora": True, "dropout": 0.1}, "DoRA r=8 (dropout 0.1)"),
         ({"plus_ratio": 16, "init": "pissa"}, "LoRA+ r=8 (pissa, B's rate x16)"),
         (

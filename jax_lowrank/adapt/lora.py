@@ -21,6 +21,7 @@ from flax import nnx
 from jax_lowrank.adapt.method import Method, State, dotted, map_paths, split_where
 
 LAYER_CHOICES = ("first", "last", "random")
+LAYER_LIST = r"\d+(,\d+)*"
 TRAINED = ("a", "b", "magnitude")  # of an adapter; what it started from stays frozen
 VECTORS = ("bias", "scale", "magnitude")
 
@@ -56,7 +57,8 @@ def make(
       targets: a preset (`all-linear`, `attention`, `qv`) or a regular expression that must match a
         whole path such as `blocks.attn.q`. Presets name layers of the blocks only; a pattern may
         also name a linear layer outside them. The task's head is never adapted: it is trained.
-      layers, layer_fraction: adapt the `first`, `last` or a `random` fraction of the layers.
+      layers, layer_fraction: adapt the `first`, `last` or a `random` fraction of the layers, or
+        those of a list such as `0,3,5`.
       rank_pattern, alpha_pattern: regular expressions for whole paths -> their own r or α; the
         first that matches counts.
       init: a row of INITS.
@@ -69,7 +71,8 @@ def make(
     """
     ranks, alphas = dict(rank_pattern or {}), dict(alpha_pattern or {})
     _check_range(rank, alpha, ranks, alphas, dropout, layer_fraction, plus_ratio)
-    _check_choice("layers", layers, LAYER_CHOICES)
+    if not re.fullmatch(LAYER_LIST, layers):
+        _check_choice("layers", layers, LAYER_CHOICES)
     _check_choice("init", init, INITS)
     same = {"dropout": dropout, "from_base": init in FROM_BASE, "dora": dora}
 
@@ -171,7 +174,12 @@ def find_targets(
 
 
 def choose_layers(num_layers: int, which: str, fraction: float, key: jax.Array) -> tuple[int, ...]:
-    """The adapted layers, ascending: the whole number nearest to the fraction, at least one."""
+    """The adapted layers, ascending: those listed, or the whole number nearest to the fraction."""
+    if re.fullmatch(LAYER_LIST, which):
+        listed = tuple(sorted({int(layer) for layer in which.split(",")}))
+        if listed[-1] >= num_layers:
+            raise ValueError(f"layers {which!r}: the model's layers are 0 to {num_layers - 1}")
+        return listed
     count = max(1, round(fraction * num_layers))
     if which == "random":
         picked = jax.random.permutation(key, num_layers)[:count]

@@ -1,0 +1,377 @@
+"""Runs out as Hugging Face models or PEFT adapters, and PEFT adapters in.
+
+A run is read from a study's run directory or from a `finetune` run directory; the base model is
+found where the record says, and its hash is checked before anything is written.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from safetensors.numpy import load_file
+
+from jax_lowrank import model_card, models, provenance, results
+from jax_lowrank.adapt import METHODS, lora, peft_format
+from jax_lowrank.adapt.method import Method
+from jax_lowrank.config import nearest
+from jax_lowrank.models.head import Head, stored_labels
+
+FORMATS = ("hf", "peft")
+SHARD_BYTES = 5 * 10**9
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model"),
+    *("chat_template.jinja", "chat_template.json", "generation_config.json"),
+)
+
+
+class ExportError(ValueError):
+    """A run cannot be exported; the message says why and what to do."""
+
+
+class Run(NamedTuple):
+    """A finished run as it lies on disk.
+
+    source: what the user gave as the model, a hub id or a directory; base: its local directory.
+    dtype: of the frozen base in training. options: of the method, without its name.
+    metrics: dicts as in `model_card.Card`. data_hash: of what it was trained on.
+    """
+
+    directory: Path
+    fingerprint: str
+    record: dict[str, Any]
+    source: str
+    base: Path
+    dtype: str
+    head: Head | None
+    method: str
+    options: dict[str, Any]
+    seed: int
+    data_hash: str
+    metrics: list[dict[str, Any]]
+
+
+class Trained(NamedTuple):
+    """A run's base model, and the split model with its trained arrays in place."""
+
+    base: models.Model
+    method: Method
+    graphdef: Any
+    trainable: Any
+    frozen: Any
+
+
+def export(run: Path, format: str, out: Path | None = None) -> Path:
+    """Write a run as `hf` (merged weights) or `peft` (its adapter); the directory that appeared.
+
+    Raises ExportError, PeftError or OSError with one sentence.
+    """
+    if format not in FORMATS:
+        raise ExportError(f"format {nearest(format, FORMATS)}")
+    found = read_run(run)
+    if format == "peft" and found.method != "lora":
+        raise ExportError(
+            f"PEFT has no format for what method {found.method!r} trains; --format hf writes the"
+            " whole model"
+        )
+    out = out or default_out(run, found, format)
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise ExportError(f"{out} exists and is not empty; choose another --out")
+    trained = load_run(found)
+
+    def write(partial: Path) -> None:
+        if format == "hf":
+            write_hf(partial, found, trained)
+        else:
+            peft_format.write(partial, as_peft(found, trained))
+        card = model_card.render(card_of(found, trained, format))
+        (partial / "README.md").write_text(card, encoding="utf-8")
+
+    return results.write_directory(out, write)
+
+
+def default_out(run: Path, found: Run, format: str) -> Path:
+    """Beside a `finetune` run, or under STUDY/exports."""
+    run = run.resolve()
+    if is_study_run(run):
+        return run.parents[1] / "exports" / f"{found.fingerprint}-{format}"
+    return run.with_name(f"{run.name}-{format}")
+
+
+# ----------------------------------------------------------------------------------- runs on disk
+
+
+def is_study_run(run: Path) -> bool:
+    """Whether a run directory is STUDY/runs/FINGERPRINT."""
+    return run.parent.name == "runs" and (run.parents[1] / "study.json").is_file()
+
+
+def read_run(run: Path) -> Run:
+    """The run in a directory of either kind, its base model found and its hash checked."""
+    run = run.resolve()
+    record = provenance.read_json(run / "record.json")
+    if record is None:
+        raise ExportError(f"{run} is not a finished run: it has no record.json")
+    if not (run / "trainable.safetensors").is_file():
+        raise ExportError(
+            f"{run} keeps no weights ({record.get('label') or record.get('kind')}): the base model,"
+            " runs that only choose a learning rate and diverged runs cannot be exported"
+        )
+    if is_study_run(run):
+        return _study_run(run, record)
+    config = provenance.read_json(run / "config.json")
+    if config is None:
+        raise ExportError(f"{run} has neither config.json nor a study.json two levels above it")
+    return _finetune_run(run, record, config)
+
+
+def _study_run(run: Path, record: dict) -> Run:
+    study = json.loads((run.parents[1] / "study.json").read_text(encoding="utf-8"))
+    wanted, spec = study["model"]["weights_hash"], study["config"]["model"]
+    if spec["path"]:
+        source, base = spec["path"], find_base(spec["path"], spec["revision"], wanted)
+    else:
+        base = _pretrained(run.parents[1] / "base", wanted)
+        source = str(base)
+    method = dict(record["method"])
+    return Run(
+        run,
+        record["fingerprint"],
+        record,
+        source,
+        base,
+        (record["dtypes"]["frozen"] or ["float32"])[0],
+        None,
+        method.pop("name"),
+        _options(method),
+        record["seed"],
+        study["data_hash"],
+        _study_metrics(run, record),
+    )
+
+
+def _finetune_run(run: Path, record: dict, config: dict) -> Run:
+    model, method = config["model"], dict(config["method"])
+    head = Head(model["head"]["kind"], tuple(model["head"]["labels"]))
+    wanted = record["model"]["weights_hash"]
+    base = find_base(model["path"], model.get("revision", "main"), wanted)
+    return Run(
+        run,
+        record["fingerprint"],
+        record,
+        model["path"],
+        base,
+        model["dtype"],
+        head,
+        method.pop("name"),
+        _options(method),
+        config["seed"],
+        record["data_hash"],
+        list(record.get("metrics", [])),
+    )
+
+
+def _options(method: Mapping[str, Any]) -> dict[str, Any]:
+    """A stored method's options: what its function in METHODS takes."""
+    return {k: v for k, v in method.items() if k not in ("learning_rate", "learning_rates")}
+
+
+def find_base(source: str, revision: str, wanted: str) -> Path:
+    """The directory of the base model, whose hash must be the recorded one."""
+    try:
+        base = models.weights.resolve(source, revision)
+    except FileNotFoundError as error:
+        raise ExportError(f"the run's base model (hash {wanted[:16]}) is gone: {error}") from error
+    found = provenance.hash_files(base)
+    if found != wanted:
+        raise ExportError(
+            f"the model in {base} is not the run's base model: its hash is {found[:16]}, the run"
+            f" was made from {wanted[:16]}"
+        )
+    return base
+
+
+def _pretrained(folder: Path, wanted: str) -> Path:
+    """The base model that a study made itself, by its hash."""
+    for base in sorted(folder.glob("[!.]*/config.json")):
+        if provenance.hash_files(base.parent) == wanted:
+            return base.parent
+    raise ExportError(f"the run's base model (hash {wanted[:16]}) is not under {folder}")
+
+
+def _study_metrics(run: Path, record: dict) -> list[dict]:
+    """Metrics over all prompts, as the study's report wrote them; the validation loss without."""
+    metrics = [{"name": "validation loss (nats per token)", "value": record["validation_loss"]}]
+    path = run.parents[1] / "report" / "results.jsonl"
+    if path.is_file():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            row = json.loads(line)
+            if row["fingerprint"] == record["fingerprint"]:
+                metrics += [m for m in row["metrics"] if not m.get("group") and "n" in m]
+    return [m for m in metrics if not m["name"].startswith("lens_mass")]
+
+
+# ------------------------------------------------------------------------------------ the weights
+
+
+def load_run(run: Run) -> Trained:
+    """The run's base model, split by its method, with the trained arrays of the run."""
+    key = jax.random.key(run.seed)
+    base = models.load(run.base, jnp.dtype(run.dtype), head=run.head, key=key)
+    method = METHODS[run.method](**run.options)
+    graphdef, trainable, frozen = method.split(key, base)
+    stored = load_file(run.directory / "trainable.safetensors")
+    expected = models.by_path(trainable)
+    wrong = sorted(
+        set(stored) ^ set(expected)
+        | {p for p in stored if p in expected and stored[p].shape != expected[p].shape}
+    )
+    if wrong:
+        raise ExportError(
+            f"{run.directory}/trainable.safetensors does not fit its method: {', '.join(wrong)}"
+        )
+    arrays = {path: jnp.asarray(value) for path, value in stored.items()}
+    return Trained(base, method, graphdef, models.with_arrays(trainable, arrays), frozen)
+
+
+def write_hf(directory: Path, run: Run, trained: Trained) -> None:
+    """Merged weights, the base checkpoint's config.json with this head, its tokenizer."""
+    params = trained.method.merge(trained.graphdef, trained.trainable, trained.frozen)
+    models.save(directory, trained.base, params)
+    config = base_config(run.base, json.loads((directory / "config.json").read_text()))
+    dtypes = {str(value.dtype) for value in models.by_path(params).values()}
+    config["dtype"] = "float32" if "float32" in dtypes else dtypes.pop()
+    if run.head and run.head.kind == "classification" and config.get("pad_token_id") is None:
+        config["pad_token_id"] = _pad_id(run.base)
+    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    for name in TOKENIZER_FILES:
+        if (run.base / name).is_file():
+            shutil.copyfile(run.base / name, directory / name)
+
+
+def base_config(base: Path, ours: Mapping[str, Any]) -> dict[str, Any]:
+    """The base checkpoint's config.json, with the head that the exported model has."""
+    config = models.weights.read_config(base)
+    for field in ("torch_dtype", "id2label", "label2id", "num_labels", "problem_type"):
+        config.pop(field, None)
+    head = {f: ours[f] for f in ("architectures", "id2label", "label2id") if f in ours}
+    return {**config, **head}
+
+
+def as_peft(run: Run, trained: Trained) -> peft_format.PeftFiles:
+    """A LoRA run as PEFT's two files."""
+    base = trained.base
+    arrays = models.by_path(trained.trainable)
+    return peft_format.to_peft(
+        lora.factors(trained.graphdef, trained.trainable, trained.frozen),
+        {path: arrays[path] for path in base.head_paths},
+        run.options,
+        models.FAMILIES[base.family].module.rows(base.config, base.head),
+        {path: value.shape for path, value in models.by_path(base.params).items()},
+        kind=base.head.kind,
+        base=_public_name(run),
+        architecture=base.config.to_hf(base.head)["architectures"][0],
+    )
+
+
+def _is_hub(run: Run) -> bool:
+    return not Path(run.source).expanduser().is_dir()
+
+
+def _public_name(run: Run) -> str:
+    return run.source if _is_hub(run) else str(run.base.resolve())
+
+
+def card_of(run: Run, trained: Trained, format: str) -> model_card.Card:
+    """The model card of an export."""
+    record, head = run.record, trained.base.head
+    facts = [
+        ("run (fingerprint)", run.fingerprint),
+        ("method", record.get("label") or run.method),
+        ("rank", run.options.get("rank")),
+        ("alpha", run.options.get("alpha")),
+        ("effective scale", trained.method.scale),
+        ("options of the method", run.options),
+        ("learning rate", record.get("learning_rate")),
+        ("seed", run.seed),
+        ("steps", record.get("num_steps")),
+        ("trained parameters", record.get("trainable_parameters")),
+        ("base model", _public_name(run)),
+        ("SHA-256 of the base model", provenance.hash_files(run.base)),
+        ("SHA-256 of the data", run.data_hash),
+        ("dtype of the base model in training", run.dtype),
+        ("jax_lowrank", record.get("environment", {}).get("jax_lowrank")),
+    ]
+    return model_card.Card(
+        title=f"{Path(run.source).name}, {record.get('label') or run.method}",
+        format=format,
+        base=_public_name(run),
+        base_is_hub=_is_hub(run),
+        kind=head.kind,
+        labels=head.labels,
+        method=run.method,
+        facts=[(name, value) for name, value in facts if value is not None],
+        metrics=run.metrics,
+    )
+
+
+# ------------------------------------------------------------------------------------ adapters in
+
+
+def load_adapter(
+    directory: Path, base: str | None = None, dtype=jnp.float32, key: jax.Array | None = None
+) -> tuple[Trained, dict[str, Any]]:
+    """A PEFT adapter beside its base model, ready to run or to train on, and its method's options.
+
+    Args:
+      directory: with adapter_config.json and adapter_model.safetensors.
+      base: the base model; None for the one that the adapter names.
+      dtype: of the base.
+      key: for what the base lacks and the adapter does not bring either.
+    """
+    files = peft_format.read(directory)
+    base = base or files.config.get("base_model_name_or_path")
+    if not base:
+        raise peft_format.PeftError(f"{directory} names no base model; give one")
+    path = models.weights.resolve(base, files.config.get("revision") or "main")
+    key = jax.random.key(0) if key is None else key
+    model = models.load(path, dtype, head=_adapter_head(files, path), key=key)
+    rows = models.FAMILIES[model.family].module.rows(model.config, model.head)
+    shapes = {path: value.shape for path, value in models.by_path(model.params).items()}
+    options, arrays = peft_format.from_peft(files, rows, shapes, model.head_paths)
+    method = METHODS["lora"](**options)
+    graphdef, trainable, frozen = method.split(key, model)
+    arrays = {path: jnp.asarray(value) for path, value in arrays.items()}
+    trainable = models.with_arrays(trainable, {**models.by_path(trainable), **arrays})
+    return Trained(model, method, graphdef, trainable, frozen), options
+
+
+def _adapter_head(files: peft_format.PeftFiles, base: Path) -> Head | None:
+    """The classification head that an adapter is for; None for the base model's own head."""
+    if files.config.get("task_type") != "SEQ_CLS":
+        return None
+    config = models.weights.read_config(base)
+    family = models.family_of(config["model_type"])
+    rows = family.module.rows(family.config.from_hf(config), Head("classification", ("0", "1")))
+    name = next(row.name for row in rows if row.path == "classifier.out.kernel")
+    tensor = files.tensors.get(peft_format.PREFIX + name)
+    labels = stored_labels(config)
+    if tensor is not None and len(labels) != tensor.shape[0]:
+        labels = tuple(f"LABEL_{i}" for i in range(tensor.shape[0]))
+    return Head("classification", labels)
+
+
+def _pad_id(base: Path) -> int | None:
+    """The id that rows were padded with, which transformers' classifiers have to know."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    if tokenizer.pad_token_id is not None:
+        return tokenizer.pad_token_id
+    return tokenizer.eos_token_id or 0

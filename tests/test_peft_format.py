@@ -1,0 +1,460 @@
+"""PEFT adapters in and out: PEFT's own files and logits, the same bits back, and refusals."""
+
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_adapt import batches_of, optimizer_of
+from tiny import FIXTURES, apply_of, assert_close, logits_of, model_of, oracle_of, same_bytes
+
+from jax_lowrank import export, models, train
+from jax_lowrank.adapt import METHODS, lora, peft_format
+from jax_lowrank.adapt.peft_format import PREFIX, PeftError, PeftFiles
+from jax_lowrank.models.head import Head
+from jax_lowrank.models.weights import Row
+
+ADAPTERS = FIXTURES.parent / "adapters"
+# case -> base fixture, and the options that its adapter_config.json stands for
+CASES = {
+    "gpt2_patterns": (
+        "gpt2",
+        {
+            "rank": 4,
+            "alpha": 8.0,
+            "rslora": False,
+            "dropout": 0.1,
+            "targets": r"blocks\.attn\.qkv|blocks\.mlp\.down",
+            "rank_pattern": {r"blocks\.attn\.qkv": 2},
+            "alpha_pattern": {r"blocks\.mlp\.down": 3},
+        },
+    ),
+    "llama_layers": (
+        "llama_tied",
+        {
+            "rank": 3,
+            "alpha": 6.0,
+            "rslora": True,
+            "dropout": 0.0,
+            "targets": r"blocks\.attn\.q|blocks\.attn\.v|blocks\.mlp\.down",
+            "layers": "1",
+        },
+    ),
+    "mistral_regex": (
+        "mistral_window",
+        {
+            "rank": 2,
+            "alpha": 5.0,
+            "rslora": False,
+            "dropout": 0.0,
+            "targets": r"blocks\.mlp\.gate|blocks\.mlp\.up",
+            "init": "gaussian",
+        },
+    ),
+    "gpt2_classifier": (
+        "gpt2",
+        {
+            "rank": 2,
+            "alpha": 4.0,
+            "rslora": False,
+            "dropout": 0.0,
+            "targets": r"blocks\.attn\.out",
+        },
+    ),
+    "llama_dora": (
+        "llama_bias",
+        {
+            "rank": 2,
+            "alpha": 4.0,
+            "rslora": False,
+            "dropout": 0.0,
+            "targets": r"blocks\.attn\.q|blocks\.mlp\.down",
+            "dora": True,
+        },
+    ),
+}
+every_case = pytest.mark.parametrize("case", CASES)
+
+
+def loaded(case):
+    """The frozen adapter of a case beside its base, and its options."""
+    return export.load_adapter(ADAPTERS / case, str(FIXTURES / CASES[case][0]))
+
+
+def answers(graphdef, states, oracle):
+    """Class logits where the oracle has a mask, else token logits."""
+    if "mask" not in oracle:
+        return logits_of(graphdef, states, oracle["tokens"])
+    return apply_of(graphdef)(*states).classify(oracle["tokens"], oracle["mask"] > 0)
+
+
+@every_case
+def test_logits_equal_those_of_peft(case):
+    trained, options = loaded(case)
+    assert options == CASES[case][1]
+    oracle = dict(np.load(ADAPTERS / case / "oracle.npz"))
+    beside = answers(trained.graphdef, (trained.trainable, trained.frozen), oracle)
+    assert_close(beside, oracle["logits"], atol=1e-5)
+    merged = trained.method.merge(trained.graphdef, trained.trainable, trained.frozen)
+    assert_close(answers(trained.base.graphdef, (merged,), oracle), oracle["logits"], atol=1e-5)
+
+
+def files_of(trained, options, **changed):
+    """An adapter as PEFT's files."""
+    base = trained.base
+    arrays = models.by_path(trained.trainable)
+    names = {
+        "factors": lora.factors(trained.graphdef, trained.trainable, trained.frozen),
+        "heads": {p: np.asarray(v) for p, v in arrays.items() if ".adapter." not in p},
+        "options": options,
+        "rows": models.FAMILIES[base.family].module.rows(base.config, base.head),
+        "shapes": {p: v.shape for p, v in models.by_path(base.params).items()},
+    }
+    given = {"kind": base.head.kind, "base": "x/y", "architecture": "Z", **changed}
+    return peft_format.to_peft(**names, **given)
+
+
+def adapted_modules(tensors):
+    return {name.split(".lora_")[0] for name in tensors if ".lora_" in name}
+
+
+@every_case
+def test_what_peft_made_comes_back_bit_for_bit(case):
+    original = peft_format.read(ADAPTERS / case)
+    trained, options = loaded(case)
+    again = files_of(trained, options)
+    assert set(again.tensors) == set(original.tensors)
+    for name, value in original.tensors.items():
+        assert again.tensors[name].dtype == value.dtype
+        assert again.tensors[name].tobytes() == value.tobytes(), name
+    same = ("r", "lora_alpha", "use_rslora", "lora_dropout", "use_dora", "bias", "task_type")
+    same += ("fan_in_fan_out", "init_lora_weights", "layers_to_transform", "layers_pattern")
+    for field in same:
+        expected = original.config[field]
+        if field == "fan_in_fan_out":
+            expected = CASES[case][0] == "gpt2"
+        if field == "layers_pattern" and expected:
+            expected = [expected]
+        assert again.config[field] == expected, field
+    expected = {
+        "gpt2_patterns": ["c_attn", "mlp.c_proj"],
+        "llama_layers": ["down_proj", "q_proj", "v_proj"],
+        "mistral_regex": ["gate_proj", "up_proj"],
+        "gpt2_classifier": ["attn.c_proj"],
+        "llama_dora": ["down_proj", "q_proj"],
+    }
+    assert again.config["target_modules"] == expected[case]
+    saved = ["score"] if case == "gpt2_classifier" else None
+    assert again.config["modules_to_save"] == saved
+
+
+def test_patterns_are_written_for_peft():
+    trained, options = loaded("gpt2_patterns")
+    config = files_of(trained, options).config
+    (rank_key, rank), *more = config["rank_pattern"].items()
+    assert (rank, more) == (2, [])
+    (alpha_key, alpha), *more = config["alpha_pattern"].items()
+    assert (alpha, more) == (3, [])
+    names = ["transformer.h.0.attn.c_attn", "transformer.h.11.attn.c_attn"]
+    assert [peft_format._match({rank_key: 2}, name, 4) for name in names] == [2, 2]
+    others = ["transformer.h.0.attn.c_attn.x", "h.0.attn.c_attn", "transformer.h.0.attn.c_proj"]
+    assert [peft_format._match({rank_key: 2}, name, 4) for name in others] == [4, 4, 4]
+    assert peft_format._match({alpha_key: 3}, "transformer.h.1.mlp.c_proj", 8) == 3
+
+
+OURS = {
+    "plain": {"rank": 2, "alpha": 3.0},
+    "rslora": {"rank": 3, "alpha": 5.0, "rslora": True, "dropout": 0.25},
+    "last": {"rank": 2, "alpha": 4.0, "layers": "last", "layer_fraction": 0.5, "targets": "qv"},
+    "patterns": {
+        "rank": 2,
+        "alpha": 4.0,
+        "rank_pattern": {r"blocks\.mlp\..*": 3},
+        "alpha_pattern": {r"blocks\.attn\.out": 1.5, r".*\.down": 7.0},
+        "init": "gaussian",
+    },
+    "dora": {"rank": 2, "alpha": 4.0, "dora": True},
+    "pissa": {"rank": 2, "alpha": 4.0, "init": "pissa"},
+    "olora": {"rank": 2, "alpha": 4.0, "init": "olora", "rslora": True},
+}
+
+
+def made(name, option, head=None):
+    """A LoRA model of ours whose every trained array is away from its start."""
+    base = model_of(name)
+    if head is not None:
+        base = models.load(FIXTURES / name, head=head, key=jax.random.key(9))
+    method = METHODS["lora"](**OURS[option])
+    graphdef, trainable, frozen = method.split(jax.random.key(0), base)
+    keys = iter(jax.random.split(jax.random.key(1), len(jax.tree.leaves(trainable))))
+
+    def moved(x):
+        return x + 0.05 * jax.random.normal(next(keys), x.shape)
+
+    return export.Trained(base, method, graphdef, jax.tree.map(moved, trainable), frozen)
+
+
+@pytest.mark.parametrize("option", OURS)
+@pytest.mark.parametrize("name", ["gpt2", "llama_bias"])
+def test_what_we_made_comes_back(name, option, tmp_path):
+    trained = made(name, option)
+    peft_format.write(tmp_path, files_of(trained, OURS[option]))
+    back, options = export.load_adapter(tmp_path, str(FIXTURES / name))
+    tokens = oracle_of(name)["tokens"]
+    ours = logits_of(trained.graphdef, (trained.trainable, trained.frozen), tokens)
+    theirs = logits_of(back.graphdef, (back.trainable, back.frozen), tokens)
+    if option in ("pissa", "olora"):  # on the original base the rank is doubled
+        assert options["rank"] == 4 and "init" not in options
+        assert_close(ours, theirs, atol=1e-5)
+        return
+    np.testing.assert_array_equal(ours, theirs)
+    assert same_bytes(trained.trainable, back.trainable)
+    assert files_of(back, options).config == files_of(trained, OURS[option]).config
+
+
+def test_a_classifier_comes_back(tmp_path):
+    trained = made("llama_tied", "plain", Head("classification", ("a", "b", "c")))
+    files = files_of(trained, OURS["plain"])
+    assert files.config["task_type"] == "SEQ_CLS"
+    assert files.tensors[PREFIX + "score.weight"].shape == (3, 24)
+    peft_format.write(tmp_path, files)
+    back, _ = export.load_adapter(tmp_path, str(FIXTURES / "llama_tied"))
+    assert back.base.head == Head("classification", ("LABEL_0", "LABEL_1", "LABEL_2"))
+    assert same_bytes(trained.trainable, back.trainable)
+
+
+def test_training_continues_from_an_imported_adapter():
+    trained, _ = loaded("gpt2_patterns")
+    optimizer = optimizer_of(trained)
+    tokens = jnp.asarray(oracle_of("gpt2")["tokens"])
+    copied = jax.tree.map(jnp.array, trained.trainable)
+    after, _, losses, _ = train.run_steps(
+        apply=apply_of(trained.graphdef),
+        loss=train.causal_lm_loss,
+        optimizer=optimizer,
+        accumulate=1,
+        trainable=copied,
+        opt_state=optimizer.init(copied),
+        frozen=trained.frozen,
+        batches=batches_of("gpt2"),
+        rates=np.full(3, 1e-2, np.float32),
+        count=3,
+        key=jax.random.key(0),
+    )
+    start = logits_of(trained.graphdef, (trained.trainable, trained.frozen), tokens)
+    assert float(losses[2]) < float(losses[0])
+    assert not np.array_equal(start, logits_of(trained.graphdef, (after, trained.frozen), tokens))
+
+
+# ------------------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("peft_type", "IA3", "peft_type is 'IA3'; only 'LORA'"),
+        ("bias", "lora_only", "bias='lora_only'"),
+        ("lora_bias", True, "lora_bias=True"),
+        ("target_parameters", ["x.weight"], "target_parameters="),
+        ("trainable_token_indices", [3], "trainable_token_indices="),
+        ("layer_replication", [[0, 2]], "layer_replication="),
+        ("megatron_config", {"a": 1}, "megatron_config="),
+        ("loftq_config", {"loftq_bits": 4}, "loftq_config="),
+        ("eva_config", {"rho": 2.0}, "eva_config="),
+        ("alora_invocation_tokens", [1], "alora_invocation_tokens="),
+        ("a_field_of_tomorrow", 1, "a_field_of_tomorrow=1"),
+        ("init_lora_weights", "pissa", "init_lora_weights='pissa'.*path_initial_model"),
+        ("init_lora_weights", "eva", "init_lora_weights='eva' is not supported"),
+        ("use_dora", True, "does not fit use_dora=True"),
+        (
+            "rank_pattern",
+            {"h.0.attn.c_attn": 3},
+            "rank_pattern gives the layers of blocks.attn.qkv",
+        ),
+        ("alpha_pattern", {"1.mlp.c_proj": 9}, "alpha_pattern gives the layers of blocks.mlp.down"),
+        ("r", 5, "blocks.mlp.down: lora_A is \\(4, 128\\).*rank 5"),
+    ],
+)
+def test_fields_that_cannot_be_read(field, value, message, tmp_path):
+    folder = copied_case("gpt2_patterns", tmp_path)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, field: value}))
+    with pytest.raises(PeftError, match=message):
+        export.load_adapter(folder, str(FIXTURES / "gpt2"))
+
+
+def copied_case(case, tmp_path):
+    return Path(shutil.copytree(ADAPTERS / case, tmp_path / case))
+
+
+def tensors_changed(change):
+    """The tensors of a case, changed, read for its base."""
+    files = peft_format.read(ADAPTERS / "gpt2_patterns")
+    model, tensors = model_of("gpt2"), dict(files.tensors)
+    change(tensors)
+    rows = models.FAMILIES["gpt2"].module.rows(model.config, model.head)
+    shapes = {path: value.shape for path, value in models.by_path(model.params).items()}
+    return peft_format.from_peft(PeftFiles(files.config, tensors), rows, shapes)
+
+
+QKV = PREFIX + "transformer.h.1.attn.c_attn.lora_{}.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop(QKV.format("B")), r"blocks.attn.qkv lacks lora_B.weight in layers \[1\]"),
+        (
+            lambda t: (t.pop(QKV.format("A")), t.pop(QKV.format("B"))),
+            "adapted in different layers .*blocks.attn.qkv: .0.; ",
+        ),
+        (
+            lambda t: t.update({PREFIX + "transformer.wte.lora_embedding_A": np.ones((2, 97))}),
+            "does not fit the model: base_model.model.transformer.wte.lora_embedding_A",
+        ),
+        (
+            lambda t: t.update({PREFIX + "lm_head.weight": np.ones((97, 32))}),
+            "does not fit the model: base_model.model.lm_head.weight",
+        ),
+        (
+            lambda t: t.update(
+                {QKV.format("A"): np.ones((3, 32)), QKV.format("B"): np.ones((96, 3))}
+            ),
+            "different shapes",
+        ),
+        (lambda t: t.clear(), "holds no LoRA factors"),
+    ],
+)
+def test_tensors_that_cannot_be_read(change, message):
+    with pytest.raises(PeftError, match=message):
+        tensors_changed(change)
+
+
+def test_missing_files(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no adapter_config.json"):
+        peft_format.read(tmp_path)
+    (tmp_path / "adapter_config.json").write_text("{}")
+    (tmp_path / "adapter_model.bin").write_text("")
+    with pytest.raises(FileNotFoundError, match=r"no adapter_model.safetensors; it holds a pickle"):
+        peft_format.read(tmp_path)
+
+
+# --------------------------------------------------------------------------- choosing modules
+
+ENCODER = [
+    Row("bert.embeddings.word_embeddings.weight", "embed.table"),
+    *(
+        Row(f"bert.encoder.layer.{{l}}.{theirs}.weight", f"blocks.{ours}.kernel", True)
+        for theirs, ours in {
+            "attention.self.query": "attn.q",
+            "attention.output.dense": "attn.out",
+            "intermediate.dense": "mlp.up",
+            "output.dense": "mlp.down",
+        }.items()
+    ),
+    Row("bert.pooler.dense.weight", "pooler.kernel", True),
+    Row("classifier.weight", "classifier.out.kernel", True),
+    Row("classifier.bias", "classifier.out.bias"),
+]
+
+
+@pytest.mark.parametrize(
+    ("adapted", "targets", "layers"),
+    [
+        ({"attn.q": (0, 1)}, ["query"], None),
+        ({"attn.q": (1,), "attn.out": (1,)}, ["attention.output.dense", "query"], [1]),
+        # `output.dense` is an ending of attention.output.dense too.
+        ({"mlp.down": (1,)}, ["bert.encoder.layer.1.output.dense"], None),
+        ({"attn.out": (0, 1), "mlp.down": (0, 1)}, ["output.dense"], None),
+        (
+            {"attn.q": (0,), "mlp.up": (1,)},
+            [
+                "bert.encoder.layer.0.attention.self.query",
+                "bert.encoder.layer.1.intermediate.dense",
+            ],
+            None,
+        ),
+        ({"attn.q": (0, 1), "pooler": ()}, ["pooler.dense", "query"], None),
+    ],
+)
+def test_targets_name_the_adapted_modules_alone(adapted, targets, layers):
+    stacked = {row.path: (2, 4, 4) for row in ENCODER if "{l}" in row.name}
+    shapes = {**stacked, "pooler.kernel": (4, 4), "classifier.out.kernel": (4, 3)}
+    shapes["classifier.out.bias"] = (3,)
+    factors = {}
+    for path, chosen in adapted.items():
+        path = path if path == "pooler" else f"blocks.{path}"
+        stack = (len(chosen),) if chosen else ()
+        a, b = np.zeros((*stack, 4, 1)), np.zeros((*stack, 1, 4))
+        factors[path] = SimpleNamespace(a=a, b=b, scale=2.0, layers=chosen, magnitude=None)
+    head = {"classifier.out.kernel": np.ones((4, 3)), "classifier.out.bias": np.ones(3)}
+    files = peft_format.to_peft(
+        *(factors, head, {"rank": 1, "alpha": 2.0}, ENCODER, shapes),
+        kind="classification",
+        base="b",
+        architecture="BertForSequenceClassification",
+    )
+    assert files.config["target_modules"] == targets
+    assert files.config["layers_to_transform"] == layers
+    assert files.config["layers_pattern"] == (layers and ["layer"])
+    assert files.config["modules_to_save"] == ["classifier"]
+    assert files.tensors[PREFIX + "classifier.weight"].shape == (3, 4)
+    if len(set(adapted.values()) - {()}) == 1:
+        back = peft_format.from_peft(files, ENCODER, shapes, tuple(head))
+        found = {p.removesuffix(".adapter.a") for p in back.arrays if p.endswith(".a")}
+        assert found == set(factors)
+        shaped = {p: v.shape for p, v in back.arrays.items()}
+        assert all(shaped[f"{p}.adapter.a"] == f.a.shape for p, f in factors.items())
+
+
+# ----------------------------------------------------------------------------------- live PEFT
+
+
+# PEFT 0.21 asks transformers 5 for what it calls differently now.
+live_peft = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
+
+
+@live_peft
+@pytest.mark.parametrize("option", OURS)
+@pytest.mark.parametrize("name", ["gpt2", "llama_bias", "llama_tied", "mistral_window"])
+def test_live_peft_loads_ours(name, option, tmp_path):
+    live(tmp_path, name, option, None)
+
+
+@live_peft
+@pytest.mark.parametrize("name", ["gpt2", "llama_bias"])
+def test_live_peft_loads_our_classifier(name, tmp_path):
+    live(tmp_path, name, "plain", Head("classification", ("a", "b", "c")))
+
+
+def live(folder, name, option, head):
+    """PEFT's logits with our files equal ours; it adapts the same modules and misses nothing."""
+    torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")
+    import transformers
+
+    trained = made(name, option, head)
+    files = files_of(trained, OURS[option], base=str(FIXTURES / name))
+    peft_format.write(folder, files)
+    auto, extra = "AutoModelForCausalLM", {}
+    if head:
+        auto, extra = "AutoModelForSequenceClassification", {"num_labels": len(head.labels)}
+    base = getattr(transformers, auto).from_pretrained(
+        FIXTURES / name, attn_implementation="eager", **extra
+    )
+    theirs = peft.PeftModel.from_pretrained(base, folder).eval()
+    assert adapted_modules(files.tensors) == {
+        name for name, module in theirs.named_modules() if hasattr(module, "lora_A") and name
+    }
+    tokens = oracle_of(name)["tokens"]
+    with torch.no_grad():
+        expected = theirs(torch.tensor(tokens).long()).logits.numpy()
+    states = (trained.trainable, trained.frozen)
+    if head:
+        ours = apply_of(trained.graphdef)(*states).classify(tokens)
+    else:
+        ours = logits_of(trained.graphdef, states, tokens)
+    assert_close(ours, expected, atol=1e-5)
