@@ -266,3 +266,53 @@ def test_bitfit_trains_biases_of_layers_and_norms_and_no_more():
     parts = ("norm1", "norm2", "attn.qkv", "attn.out", "mlp.up", "mlp.down")
     wanted = {"norm.bias"} | {f"blocks.{part}.bias" for part in parts}
     assert models.by_path(trainable).keys() == wanted
+
+
+@functools.cache
+def classifier():
+    """A decoder with a classification head, whose linear layer is not one of a stack."""
+    config = model_of("gpt2").config
+    head = models.Head("classification", ("no", "yes", "maybe"))
+    return models.create("gpt2", config, jax.random.key(1), head=head)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_trains_the_head(name):
+    model = classifier()
+    options = {**LORA, "targets": ".*"} if name == "lora" else {}
+    _, trainable, frozen = METHODS[name](**options).split(jax.random.key(0), model)
+    head = models.by_path(trainable)["classifier.out.kernel"]
+    base = models.by_path(model.params)["classifier.out.kernel"]
+    np.testing.assert_array_equal(head, base)
+    assert head.unsafe_buffer_pointer() != base.unsafe_buffer_pointer()  # the step donates it
+    # Whatever the pattern says, the head is trained and not adapted.
+    assert not any(path.startswith("classifier") for path in models.by_path(frozen))
+    assert not any(path.startswith("classifier.out.adapter") for path in models.by_path(trainable))
+    if name == "head":
+        assert models.by_path(trainable).keys() == {"classifier.out.kernel"}
+    with pytest.raises(ValueError, match="matches no layer"):
+        METHODS["lora"](**LORA, targets="classifier.*").split(jax.random.key(0), model)
+
+
+@pytest.mark.parametrize("options", [{"init": "pissa"}, {"dora": True}, {"layer_fraction": 0.5}])
+def test_a_pattern_may_name_a_layer_outside_the_blocks(options):
+    model = classifier()._replace(head_paths=())  # as a pooler that came from a checkpoint
+    settings = {"rank": 2, "alpha": 4.0, "targets": r"classifier\.out", **options}
+    method = METHODS["lora"](**settings)
+    graphdef, trainable, frozen = method.split(jax.random.key(0), model)
+    assert models.by_path(trainable)["classifier.out.adapter.a"].shape == (32, 2)
+    rng = np.random.default_rng(0)
+    noisy = jax.tree.map(lambda x: x + 0.1 * jnp.float32(rng.standard_normal(x.shape)), trainable)
+    merged = method.merge(graphdef, noisy, frozen)
+    x = jnp.float32(rng.standard_normal((4, 32)))
+
+    def classify(graphdef, *states):
+        return nnx.merge(graphdef, *states).classifier(x)
+
+    base = classify(model.graphdef, model.params)
+    assert_close(classify(graphdef, trainable, frozen), base, atol=1e-6)
+    unmerged = classify(graphdef, noisy, frozen)
+    assert_close(classify(model.graphdef, merged), unmerged, atol=1e-5)
+    assert float(jnp.abs(unmerged - base).max()) > 0.01
+    presets = METHODS["lora"](**LORA).split(jax.random.key(0), model)[1]
+    assert all(path.startswith("blocks.") for path in models.by_path(presets))

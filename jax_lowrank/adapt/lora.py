@@ -53,7 +53,8 @@ def make(
     Args:
       rank: r, from 1 to the smaller dimension of every adapted matrix.
       alpha: α; the effective scale is α/r, or α/√r with `rslora`.
-      dropout: probability of dropping an input of the adapter in training, in [0, 1).
+      dropout: probability of dropping an input of the adapter in training, in [0, 1). It falls on
+        ΔW; PEFT's, with an `init` from the base, on the part of the base in the factors too.
       targets: a preset (`all-linear`, `attention`, `qv`) or a regular expression that must match a
         whole path such as `blocks.attn.q`. Presets name layers of the blocks only; a pattern may
         also name a linear layer outside them. The task's head is never adapted: it is trained.
