@@ -18,10 +18,15 @@ from jax_lowrank.models.head import Head
 LORA = {"rank": 2, "alpha": 4.0, "rslora": True, "dropout": 0.1}
 LM = Head()
 LABELS = ("anger", "joy", "none")
-METRICS = [
-    {"split": "test", "name": "accuracy", "value": 0.75, "low": 0.61, "high": 0.86, "n": 40},
-    {"split": "test", "name": "f1", "value": None, "n": 0, "reason": "no example | of one class"},
-]
+METRICS = {
+    "test": {
+        "after": {
+            "accuracy": {"estimate": 0.75, "low": 0.61, "high": 0.86, "n": 40, "reason": ""},
+            "f1": {"estimate": None, "low": None, "high": None, "n": 0, "reason": "one | class"},
+            "rows": 40,
+        }
+    }
+}
 
 
 @pytest.fixture
@@ -205,8 +210,8 @@ def test_the_card_of_a_local_base(base, tmp_path):
     assert data["tags"] == ["jax_lowrank", "lora"] and "base_model" not in data
     for text in ("0123456789abcdef", "d" * 64, str(base), provenance.hash_files(base)):
         assert text in card.text
-    assert "| test | accuracy | 0.75 | 0.61 to 0.86 | 40 |  |" in card.text
-    assert "| test | f1 | undefined |  | 0 | no example \\| of one class |" in card.text
+    assert "| test, after training | accuracy | 0.75 | 0.61 to 0.86 | 40 |  |" in card.text
+    assert "| test, after training | f1 | undefined |  | 0 | one \\| class |" in card.text
     assert f"| effective scale | {4 / 2**0.5:.6g} |" in card.text
     assert not {"unbiased", "debiased", "solved"} & set(card.text.lower().split())
 
