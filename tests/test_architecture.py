@@ -21,6 +21,7 @@ ALLOWED = {
     "model_card": (),
     "models.layers": ("models.attention",),
     "models.head": ("models.layers", "models.weights"),
+    "models.rotary": ("models.weights",),
     # the base files of the families
     **dict.fromkeys(
         ("models.decoder", "models.encoder"),
@@ -45,7 +46,7 @@ ALLOWED = {
     "__init__": (),
 }
 FAMILY_BASE = tuple(
-    f"models.{m}" for m in ("attention", "decoder", "encoder", "head", "layers", "weights")
+    f"models.{m}" for m in ("attention", "decoder", "encoder", "head", "layers", "rotary", "weights")
 )
 
 

@@ -33,7 +33,7 @@ def forward(graphdef, params, tokens):
     """Logits, states before each block, final normed state and nll of full rows."""
     net = nnx.merge(graphdef, params)
     last, before, _ = net.hidden(tokens)
-    return net(tokens), before, net.norm(last), net.nll(tokens)
+    return net(tokens), before, net.final(last), net.nll(tokens)
 
 
 @pytest.mark.parametrize("name", NAMES + SHARDED)
@@ -127,7 +127,7 @@ def sensitivity(graphdef, params, mask):
         net = nnx.merge(graphdef, params)
         net.embed.table = nnx.Param(table)  # each position has its own row of it
         last, _, _ = net.hidden(tokens, mask)
-        return (net.norm(last)[0] * directions).sum(-1)
+        return (net.final(last)[0] * directions).sum(-1)
 
     table = models.by_path(params)["embed.table"]
     return jnp.abs(jax.jacrev(projected)(table)).max(-1)[:, : mask.shape[1]]

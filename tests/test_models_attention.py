@@ -56,7 +56,7 @@ def test_packed_texts_do_not_see_each_other(name):
         head = net.output_table
         net.embed.table = nnx.Param(table)
         x, _, _ = net.hidden(tokens, segments=segments)
-        rows = net.norm(x)[0] @ head.T
+        rows = net.final(x)[0] @ head.T
         # Both ways: how much each text's outputs move with the other's inputs.
         return jnp.square(rows[:9]).sum(), jnp.square(rows[9:]).sum()
 

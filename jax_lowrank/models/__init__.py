@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jax_lowrank.models import bert, gpt2, llama, weights
+from jax_lowrank.models import bert, gpt2, llama, opt, weights
 from jax_lowrank.models.head import Head, check_labels, stored_head
 from jax_lowrank.models.weights import UnsupportedModelError
 
@@ -30,6 +30,8 @@ FAMILIES = {
     "gpt2": Family(gpt2.GPT2Config, gpt2),
     "llama": Family(llama.LlamaConfig, llama),
     "mistral": Family(llama.LlamaConfig, llama),
+    "qwen2": Family(llama.LlamaConfig, llama),
+    "opt": Family(opt.OPTConfig, opt),
 }
 
 

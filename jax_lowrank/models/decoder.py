@@ -8,7 +8,7 @@ from flax import nnx
 
 from jax_lowrank.models.attention import Cache, make_context
 from jax_lowrank.models.head import Classifier
-from jax_lowrank.models.layers import Array, Embedding, scan_layers
+from jax_lowrank.models.layers import Array, Embedding, Linear, scan_layers
 from jax_lowrank.models.output import token_nll, unembed
 
 
@@ -25,11 +25,13 @@ class Decoder(nnx.Module):
         embed: Embedding,
         position: Embedding | None,
         blocks: nnx.Module,
-        norm: nnx.Module,
+        norm: nnx.Module | None,
         head: Embedding | None,
         classifier: Classifier | None,
         cache_shape: tuple[int, int, int],
         window: int | None,
+        project_in: Linear | None = None,
+        project_out: Linear | None = None,
     ):
         self.embed, self.position, self.blocks, self.norm, self.head = (
             embed,
@@ -39,6 +41,7 @@ class Decoder(nnx.Module):
             head,
         )
         self.classifier = classifier
+        self.project_in, self.project_out = project_in, project_out
         self.cache_shape, self.window = cache_shape, window  # (L, K, N)
         self.remat = False  # recompute each block in the backward pass: less memory, one more pass
 
@@ -53,9 +56,16 @@ class Decoder(nnx.Module):
         """Residual stream after the last block (B, S, D), before each block (L, B, S, D), cache."""
         context, cache = make_context(tokens, mask, cache, self.window, key, segments)
         x = self.embed(tokens)
+        if self.project_in is not None:
+            x = self.project_in(x, key)
         if self.position is not None:
             x = x + self.position(context.positions)
         return scan_layers(self.blocks, x, context, cache, remat=self.remat)
+
+    def final(self, x: Array, key: Array | None = None) -> Array:
+        """What a head reads of x (..., D): normed, and projected if the family does."""
+        x = x if self.norm is None else self.norm(x)
+        return x if self.project_out is None else self.project_out(x, key)
 
     @property
     def output_table(self) -> Array:
@@ -73,7 +83,7 @@ class Decoder(nnx.Module):
     ) -> Array:
         """Next-token logits (B, S, V) in float32."""
         x, _, _ = self.hidden(tokens, mask, key=key, segments=segments)
-        return unembed(self.norm(x), self.output_table)
+        return unembed(self.final(x, key), self.output_table)
 
     def classify(self, tokens: Array, mask: Array | None = None, key: Array | None = None) -> Array:
         """Class logits (B, C) in float32, read from the last real token of each row."""
@@ -86,7 +96,7 @@ class Decoder(nnx.Module):
             behind = jnp.argmax(mask[:, ::-1], axis=1)  # pads after the last real token
             last = jnp.take_along_axis(x, (tokens.shape[1] - 1 - behind)[:, None, None], axis=1)
             last = last[:, 0]
-        return self.classifier(self.norm(last), key)
+        return self.classifier(self.final(last, key), key)
 
     def nll(self, tokens: Array, key: Array | None = None, segments: Array | None = None) -> Array:
         """-log p(tokens[:, t] | tokens[:, :t]) in nats, (B, S) float32; 0 where a text begins.
@@ -94,7 +104,8 @@ class Decoder(nnx.Module):
         For right-padded rows: a pad is after every real token, so none of them sees it.
         """
         x, _, _ = self.hidden(tokens, key=key, segments=segments)
-        rows = self.norm(x).reshape(-1, x.shape[-1])
+        rows = self.final(x, key)
+        rows = rows.reshape(-1, rows.shape[-1])
         # The last position has no target; asking for token 0 there keeps the shape regular.
         targets = jnp.pad(tokens[:, 1:], ((0, 0), (0, 1)))
         nll = token_nll(rows, self.output_table, targets.reshape(-1)).reshape(tokens.shape)
@@ -112,7 +123,7 @@ class Decoder(nnx.Module):
         """
         x, before, _ = self.hidden(tokens, mask)
         states = jnp.concatenate([before[:, :, -1], x[None, :, -1]]).swapaxes(0, 1)
-        return jax.nn.log_softmax(unembed(self.norm(states), self.output_table), axis=-1)
+        return jax.nn.log_softmax(unembed(self.final(states), self.output_table), axis=-1)
 
     def new_cache(self, batch: int, slots: int) -> Cache:
         """An empty cache for `batch` rows of at most `slots` tokens."""
@@ -123,4 +134,4 @@ class Decoder(nnx.Module):
     def step(self, tokens: Array, mask: Array | None, cache: Cache) -> tuple[Array, Cache]:
         """Logits (B, V) of the token after `tokens` (B, S), which are added to the cache."""
         x, _, cache = self.hidden(tokens, mask, cache)
-        return unembed(self.norm(x[:, -1]), self.output_table), cache
+        return unembed(self.final(x[:, -1]), self.output_table), cache

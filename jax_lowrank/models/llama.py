@@ -1,14 +1,13 @@
-"""Llama 1, 2 and 3 (Touvron et al. 2023; Dubey et al. 2024), and Mistral (Jiang et al. 2023).
+"""Llama 1, 2 and 3 (Touvron et al. 2023; Dubey et al. 2024), Mistral (Jiang et al. 2023), Qwen2.
 
 RMSNorm before each part, rotary positions, SwiGLU, grouped-query attention; Mistral adds a sliding
-window.
+window, Qwen2 and 2.5 (Yang et al. 2024) biases on queries, keys and values alone.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -24,25 +23,20 @@ from jax_lowrank.models.layers import (
     RMSNorm,
     swiglu,
 )
+from jax_lowrank.models.rotary import (
+    UNSCALED,
+    RopeScaling,
+    inverse_frequencies,
+    read_rope,
+    rotate,
+    write_rope,
+)
 from jax_lowrank.models.weights import Row, UnsupportedModelError
-
-ROPE_KINDS = ("default", "linear", "llama3")
 
 # kind of head -> end of the class name in transformers
 HEADS = {"causal-lm": "ForCausalLM", "classification": "ForSequenceClassification"}
 # Where their tensors begin in a checkpoint.
 HEAD_TENSORS = ("lm_head.", "score.")
-
-
-@dataclass(frozen=True)
-class RopeScaling:
-    """How rotary frequencies are stretched beyond the trained length (Dubey et al. 2024)."""
-
-    kind: str = "default"
-    factor: float = 1.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_positions: int = 8192
 
 
 @dataclass(frozen=True)
@@ -58,7 +52,7 @@ class LlamaConfig:
     mlp_width: int = 11008
     max_positions: int = 4096
     rope_theta: float = 10000.0
-    rope_scaling: RopeScaling = RopeScaling()
+    rope_scaling: RopeScaling = UNSCALED
     norm_eps: float = 1e-5
     tied: bool = False
     attention_bias: bool = False
@@ -67,9 +61,19 @@ class LlamaConfig:
     model_type: str = "llama"
 
     @classmethod
+    def llama1_7b(cls) -> LlamaConfig:
+        """Llama 7B, the first."""
+        return cls(max_positions=2048, norm_eps=1e-6)
+
+    @classmethod
     def llama2_7b(cls) -> LlamaConfig:
         """Llama-2 7B."""
         return cls()
+
+    @classmethod
+    def llama2_13b(cls) -> LlamaConfig:
+        """Llama-2 13B."""
+        return cls(num_layers=40, width=5120, num_heads=40, num_kv_heads=40, mlp_width=13824)
 
     @classmethod
     def llama3_8b(cls) -> LlamaConfig:
@@ -81,6 +85,12 @@ class LlamaConfig:
             max_positions=8192,
             rope_theta=500000.0,
         )
+
+    @classmethod
+    def llama31_8b(cls) -> LlamaConfig:
+        """Llama-3.1 8B."""
+        scaling = RopeScaling("llama3", factor=8.0)
+        return replace(cls.llama3_8b(), max_positions=131072, rope_scaling=scaling)
 
     @classmethod
     def llama32_1b(cls) -> LlamaConfig:
@@ -99,6 +109,12 @@ class LlamaConfig:
         )
 
     @classmethod
+    def llama32_3b(cls) -> LlamaConfig:
+        """Llama-3.2 3B."""
+        sizes = {"num_layers": 28, "width": 3072, "num_heads": 24, "head_width": 128}
+        return replace(cls.llama32_1b(), **sizes)
+
+    @classmethod
     def mistral_7b(cls) -> LlamaConfig:
         """Mistral 7B v0.1, with its sliding window."""
         return cls(
@@ -110,13 +126,58 @@ class LlamaConfig:
         )
 
     @classmethod
+    def mistral_7b_v2(cls) -> LlamaConfig:
+        """Mistral 7B v0.2: no window, slower rotation."""
+        return replace(cls.mistral_7b(), window=None, rope_theta=1e6)
+
+    @classmethod
+    def mistral_7b_v3(cls) -> LlamaConfig:
+        """Mistral 7B v0.3: v0.2 with a larger vocabulary."""
+        return replace(cls.mistral_7b_v2(), vocab_size=32768)
+
+    @classmethod
+    def qwen25_05b(cls) -> LlamaConfig:
+        """Qwen2.5 0.5B."""
+        return cls(
+            vocab_size=151936,
+            num_layers=24,
+            width=896,
+            num_heads=14,
+            num_kv_heads=2,
+            head_width=64,
+            mlp_width=4864,
+            max_positions=32768,
+            rope_theta=1e6,
+            norm_eps=1e-6,
+            tied=True,
+            attention_bias=True,
+            model_type="qwen2",
+        )
+
+    @classmethod
+    def qwen25_15b(cls) -> LlamaConfig:
+        """Qwen2.5 1.5B; Qwen2 1.5B has the same sizes."""
+        sizes = {"num_layers": 28, "width": 1536, "num_heads": 12, "head_width": 128}
+        return replace(cls.qwen25_05b(), **sizes, mlp_width=8960, max_positions=131072)
+
+    @classmethod
+    def qwen25_7b(cls) -> LlamaConfig:
+        """Qwen2.5 7B; Qwen2 7B has the same sizes."""
+        sizes = {"width": 3584, "num_heads": 28, "num_kv_heads": 4, "mlp_width": 18944}
+        return replace(cls.qwen25_15b(), **sizes, vocab_size=152064, tied=False)
+
+    @property
+    def out_bias(self) -> bool:
+        """Whether the attention's output has a bias like its inputs; not in Qwen2."""
+        return self.attention_bias and self.model_type != "qwen2"
+
+    @classmethod
     def from_hf(cls, config: Mapping) -> LlamaConfig:
         """Read a Hugging Face config.json (either layout); what cannot be expressed is refused."""
         if config.get("hidden_act", "silu") != "silu":
             raise UnsupportedModelError(f"hidden_act {config['hidden_act']!r}; only 'silu'")
-        theta, scaling = _read_rope(config)
+        theta, scaling = read_rope(config)
         heads = config["num_attention_heads"]
-        mistral = config["model_type"] == "mistral"
         return cls(
             vocab_size=config["vocab_size"],
             num_layers=config["num_hidden_layers"],
@@ -130,21 +191,14 @@ class LlamaConfig:
             rope_scaling=scaling,
             norm_eps=config.get("rms_norm_eps", 1e-6),
             tied=config.get("tie_word_embeddings", False),
-            attention_bias=config.get("attention_bias", False),
+            attention_bias=config["model_type"] == "qwen2" or config.get("attention_bias", False),
             mlp_bias=config.get("mlp_bias", False),
-            window=config.get("sliding_window") if mistral else None,
+            window=_read_window(config),
             model_type=config["model_type"],
         )
 
     def to_hf(self, head: Head) -> dict:
         """The config.json that `from_hf` and transformers read back."""
-        rope = {"rope_type": self.rope_scaling.kind, "rope_theta": self.rope_theta}
-        if self.rope_scaling.kind != "default":
-            rope["factor"] = self.rope_scaling.factor
-        if self.rope_scaling.kind == "llama3":
-            rope["low_freq_factor"] = self.rope_scaling.low_freq_factor
-            rope["high_freq_factor"] = self.rope_scaling.high_freq_factor
-            rope["original_max_position_embeddings"] = self.rope_scaling.original_max_positions
         out = {
             "model_type": self.model_type,
             **head.to_hf(self.model_type.capitalize() + HEADS[head.kind]),
@@ -156,54 +210,34 @@ class LlamaConfig:
             "head_dim": self.head_width,
             "intermediate_size": self.mlp_width,
             "max_position_embeddings": self.max_positions,
-            "rope_parameters": rope,
+            "rope_parameters": write_rope(self.rope_theta, self.rope_scaling),
             "rms_norm_eps": self.norm_eps,
             "tie_word_embeddings": self.tied,
             "hidden_act": "silu",
         }
         if self.model_type == "mistral":
             return {**out, "sliding_window": self.window}
+        if self.model_type == "qwen2":
+            used = {"use_sliding_window": self.window is not None, "max_window_layers": 0}
+            return {**out, **used, "sliding_window": self.window}
         return {**out, "attention_bias": self.attention_bias, "mlp_bias": self.mlp_bias}
 
 
-def _read_rope(config: Mapping) -> tuple[float, RopeScaling]:
-    """theta and scaling from `rope_parameters` (transformers 5) or `rope_theta`/`rope_scaling`."""
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    theta = rope.get("rope_theta", config.get("rope_theta", 10000.0))
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in ROPE_KINDS:
-        raise UnsupportedModelError(f"rope type {kind!r} is not supported; one of {ROPE_KINDS}")
-    fields = {
-        "factor": "factor",
-        "low_freq_factor": "low_freq_factor",
-        "high_freq_factor": "high_freq_factor",
-        "original_max_positions": "original_max_position_embeddings",
-    }
-    return theta, RopeScaling(kind, **{k: rope[v] for k, v in fields.items() if v in rope})
-
-
-def inverse_frequencies(config: LlamaConfig) -> Array:
-    """Rotation per position of each pair of head dimensions, (N/2,) float32."""
-    s, half = config.rope_scaling, config.head_width // 2
-    freq = config.rope_theta ** -(jnp.arange(half, dtype=jnp.float32) / half)
-    if s.kind == "linear":
-        return freq / s.factor
-    if s.kind == "llama3":
-        wavelength = 2 * math.pi / freq
-        ratio = s.original_max_positions / wavelength
-        smooth = (ratio - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor)
-        smooth = jnp.clip(smooth, 0, 1)
-        return (1 - smooth) * freq / s.factor + smooth * freq
-    return freq
-
-
-def rotate(x: Array, positions: Array, frequencies: Array) -> Array:
-    """Rotary embedding (Su et al. 2021) of x (B, S, H, N), pairs (i, i + N/2) as in Llama."""
-    angles = positions[:, :, None, None].astype(jnp.float32) * frequencies[None, None, None]
-    cos, sin = jnp.cos(angles), jnp.sin(angles)
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return turned.astype(x.dtype)
+def _read_window(config: Mapping) -> int | None:
+    """The window that every layer has; layers that differ are refused."""
+    window, layers = config.get("sliding_window"), config["num_hidden_layers"]
+    used = config.get("use_sliding_window", config["model_type"] == "mistral")
+    if window is None or not used:
+        return None
+    # Qwen2: the first layers have none.
+    windowed = max(0, layers - config.get("max_window_layers", 0))
+    if kinds := config.get("layer_types"):
+        windowed = kinds.count("sliding_attention")
+    if 0 < windowed < layers:
+        raise UnsupportedModelError(
+            f"{windowed} of {layers} layers have a sliding window; only all or none are supported"
+        )
+    return window if windowed else None
 
 
 class Attention(nnx.Module):
@@ -215,12 +249,13 @@ class Attention(nnx.Module):
         self.q = Linear(next(keys), c.width, c.num_heads * c.head_width, **kw)
         self.k = Linear(next(keys), c.width, c.num_kv_heads * c.head_width, **kw)
         self.v = Linear(next(keys), c.width, c.num_kv_heads * c.head_width, **kw)
+        kw["bias"] = c.out_bias
         self.out = Linear(next(keys), c.num_heads * c.head_width, c.width, **kw)
         self.config = config
 
     def __call__(self, x: Array, context: Context, kv, layer):
-        lead, width, key = x.shape[:2], self.config.head_width, context.key
-        frequencies = inverse_frequencies(self.config)
+        c, lead, width, key = self.config, x.shape[:2], self.config.head_width, context.key
+        frequencies = inverse_frequencies(c.rope_theta, c.rope_scaling, c.head_width)
         q = rotate(self.q(x, key).reshape(*lead, -1, width), context.positions, frequencies)
         k = rotate(self.k(x, key).reshape(*lead, -1, width), context.positions, frequencies)
         v = self.v(x, key).reshape(*lead, -1, width)
@@ -265,6 +300,14 @@ def build(key: Array, config: LlamaConfig, head: Head, dtype=jnp.float32) -> Dec
         raise ValueError(
             f"num_heads {c.num_heads} is not a multiple of num_kv_heads {c.num_kv_heads}"
         )
+    if c.model_type != "llama" and (c.attention_bias, c.mlp_bias) != (
+        c.model_type == "qwen2",
+        False,
+    ):
+        raise ValueError(
+            f"attention_bias={c.attention_bias}, mlp_bias={c.mlp_bias}: {c.model_type} has no such"
+            " variant"
+        )
     own_table = not c.tied and not head.labels
     keys = iter(jax.random.split(key, 9))
     return Decoder(
@@ -298,7 +341,7 @@ def rows(config: LlamaConfig, head: Head) -> list[Row]:
         ("self_attn.q_proj", "attn.q", config.attention_bias),
         ("self_attn.k_proj", "attn.k", config.attention_bias),
         ("self_attn.v_proj", "attn.v", config.attention_bias),
-        ("self_attn.o_proj", "attn.out", config.attention_bias),
+        ("self_attn.o_proj", "attn.out", config.out_bias),
         ("mlp.gate_proj", "mlp.gate", config.mlp_bias),
         ("mlp.up_proj", "mlp.up", config.mlp_bias),
         ("mlp.down_proj", "mlp.down", config.mlp_bias),
