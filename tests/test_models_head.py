@@ -15,10 +15,10 @@ from jax_lowrank import models
 from jax_lowrank.models.head import Head
 from jax_lowrank.models.weights import UnsupportedModelError, WeightsError
 
-NAMES = ("gpt2", "llama_mha", "llama_tied", "mistral_window")
+NAMES = ("gpt2", "llama_mha", "llama_tied", "mistral_window", "opt", "opt_350m", "qwen2")
 LABELS = ("no", "maybe", "yes")
 CLASSES = Head("classification", LABELS)
-NEW = {"gpt2": "GPT2", "llama": "Llama", "mistral": "Mistral"}
+NEW = {"gpt2": "GPT2", "llama": "Llama", "mistral": "Mistral", "opt": "OPT", "qwen2": "Qwen2"}
 
 
 def head_oracle(name):

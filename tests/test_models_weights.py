@@ -113,6 +113,23 @@ def test_no_weights_no_config_no_shard(tmp_path):
         ("gpt2", {"activation_function": "swish"}, "activation_function 'swish'.*'gelu_new'"),
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=True"),
         ("gpt2", {"scale_attn_weights": False}, "scale_attn_weights=False"),
+        ("opt", {"layer_norm_elementwise_affine": False}, "elementwise_affine=False"),
+        ("opt", {"activation_function": "swish"}, "activation_function 'swish'.*'relu'"),
+        (
+            "qwen2_window",
+            {"max_window_layers": 1, "layer_types": None},
+            "1 of 2 layers have a sliding window; only all or none",
+        ),
+        (
+            "qwen2_window",
+            {"layer_types": ["sliding_attention", "full_attention"]},
+            "1 of 2 layers have a sliding window",
+        ),
+        (
+            "mistral_window",
+            {"layer_types": ["full_attention", "sliding_attention"]},
+            "1 of 2 layers have a sliding window",
+        ),
         ("llama_tied", {"hidden_act": "gelu"}, "hidden_act 'gelu'; only 'silu'"),
         (
             "llama_tied",

@@ -279,7 +279,7 @@ def break_vocabulary(folder):
 
 def break_model_type(folder):
     path = folder / "model" / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "model_type": "opt"}))
+    path.write_text(json.dumps({**json.loads(path.read_text()), "model_type": "t5"}))
 
 
 def break_tokenizer(folder):
@@ -293,7 +293,7 @@ BROKEN = {
     break_column: "text",
     break_empty: "neutral",
     break_vocabulary: "tokenizer and model do not belong together",
-    break_model_type: "model_type 'opt' is not supported; supported are ['gpt2', 'llama',",
+    break_model_type: "model_type 't5' is not supported; supported are ['gpt2', 'llama',",
     break_tokenizer: "holds no tokenizer",
 }
 

@@ -19,6 +19,11 @@ NAMES = (
     "llama_bias",
     "mistral_window",
     "mistral_full",
+    "opt",
+    "opt_350m",
+    "opt_bare",
+    "qwen2",
+    "qwen2_window",
 )
 
 

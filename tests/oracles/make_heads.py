@@ -17,7 +17,7 @@ from safetensors import safe_open
 from transformers import AutoModelForSequenceClassification
 
 FIXTURES = Path(__file__).resolve().parents[1] / "fixtures"
-NAMES = ("gpt2", "llama_mha", "llama_tied", "mistral_window")
+NAMES = ("gpt2", "llama_mha", "llama_tied", "mistral_window", "opt", "opt_350m", "qwen2")
 LABELS = ("no", "maybe", "yes")
 # Row -> first and last + 1 real token.
 SPANS = ((0, 15), (9, 24), (3, 20), (0, 24))
