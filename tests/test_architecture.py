@@ -46,7 +46,8 @@ ALLOWED = {
     "__init__": (),
 }
 FAMILY_BASE = tuple(
-    f"models.{m}" for m in ("attention", "decoder", "encoder", "head", "layers", "rotary", "weights")
+    f"models.{m}"
+    for m in ("attention", "decoder", "encoder", "head", "layers", "rotary", "weights")
 )
 
 

@@ -293,7 +293,7 @@ BROKEN = {
     break_column: "text",
     break_empty: "neutral",
     break_vocabulary: "tokenizer and model do not belong together",
-    break_model_type: "model_type 't5' is not supported; supported are ['gpt2', 'llama',",
+    break_model_type: "model_type 't5' is not supported; supported are ['",
     break_tokenizer: "holds no tokenizer",
 }
 
