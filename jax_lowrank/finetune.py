@@ -19,7 +19,7 @@ import jax
 import numpy as np
 
 from jax_lowrank import data, models, provenance, results, train
-from jax_lowrank.adapt import METHODS
+from jax_lowrank.adapt import METHODS, lora
 from jax_lowrank.adapt.method import Method, count, dtypes
 from jax_lowrank.config import fingerprint, plain, require
 from jax_lowrank.config_run import DataSpec, FinetuneSpec
@@ -315,6 +315,7 @@ def new_record(job: Job, before: dict, after: dict, fitted: train.Fitted, traine
         "learning_rate": spec.method.learning_rates[0],
         "seed": spec.seed,
         "effective_scale": job.method.scale,
+        "effective_scales": lora.scales(*job.parts),
         "trainable_parameters": trained,
         "total_parameters": count(model.params),
         "dtypes": {"trainable": dtypes(fitted.trainable), "frozen": dtypes(job.parts[2])},

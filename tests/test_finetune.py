@@ -79,6 +79,7 @@ def test_a_run_learns_and_says_what_it_did(folder, kind):
     assert record["environment"]["jax"] and record["peak_memory_mb"] > 50
     assert record["dtypes"]["trainable"] == ["float32"]
     assert record["effective_scale"] == (2.0 if METHOD[kind] == "lora" else None)
+    assert set(record["effective_scales"].values()) == ({2.0} if METHOD[kind] == "lora" else set())
     splits = json.loads((run / "splits.json").read_text())
     assert not set(splits["train"]) & set(splits["validation"])
     lines = (run / "log.jsonl").read_text().splitlines()

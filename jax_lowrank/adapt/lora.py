@@ -284,15 +284,18 @@ class Factors(NamedTuple):
 def factors(graphdef, trainable: State, frozen: State) -> dict[str, Factors]:
     """Path -> factors of every adapted layer; for export, and for spectra without forming ΔW."""
     found = {}
-    for path, module in nnx.iter_modules(nnx.merge(graphdef, trainable, frozen)):
-        adapter = getattr(module, "adapter", None)
-        if adapter is not None:
-            magnitude = None if adapter.magnitude is None else adapter.magnitude[...]
-            a, b = adapter.factors()
-            found[dotted(path)] = Factors(a, b, adapter.scale, adapter.layers, magnitude)
+    for path, adapter in _adapters(graphdef, trainable, frozen).items():
+        magnitude = None if adapter.magnitude is None else adapter.magnitude[...]
+        found[path] = Factors(*adapter.factors(), adapter.scale, adapter.layers, magnitude)
     return found
 
 
 def scales(graphdef, trainable: State, frozen: State) -> dict[str, float]:
-    """Path -> effective scale of every adapted layer, for a run's record."""
-    return {path: f.scale for path, f in factors(graphdef, trainable, frozen).items()}
+    """Path -> effective scale of every adapted layer, for a run's record. No array is read."""
+    return {path: a.scale for path, a in _adapters(graphdef, trainable, frozen).items()}
+
+
+def _adapters(graphdef, trainable, frozen):
+    modules = nnx.iter_modules(nnx.merge(graphdef, trainable, frozen))
+    found = {dotted(path): getattr(module, "adapter", None) for path, module in modules}
+    return {path: adapter for path, adapter in found.items() if adapter is not None}
