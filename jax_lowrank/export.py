@@ -173,7 +173,7 @@ def _finetune_run(run: Path, record: dict, config: dict) -> Run:
         _options(method),
         config["seed"],
         record["data_hash"],
-        _finetune_metrics(record["metrics"]),
+        [{**m, "split": f"{m['split']}, {m['when']} training"} for m in record["metrics"]],
     )
 
 
@@ -203,17 +203,6 @@ def _pretrained(folder: Path, wanted: str) -> Path:
         if provenance.hash_files(base.parent) == wanted:
             return base.parent
     raise ExportError(f"the run's base model (hash {wanted[:16]}) is not under {folder}")
-
-
-def _finetune_metrics(metrics: Mapping[str, Mapping]) -> list[dict]:
-    """Metrics of every split before and after training that have an interval, and their counts."""
-    return [
-        {"split": f"{split}, {when} training", "name": name, "value": x["estimate"], **x}
-        for split, both in metrics.items()
-        for when, found in both.items()
-        for name, x in found.items()
-        if isinstance(x, Mapping) and "estimate" in x
-    ]
 
 
 def _study_metrics(run: Path, record: dict) -> list[dict]:

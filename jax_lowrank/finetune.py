@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
+from safetensors.numpy import save_file
 
 from jax_lowrank import data, models, provenance, results, train
 from jax_lowrank.adapt import METHODS, lora
@@ -151,59 +152,6 @@ def check_place(place: Path, name: str) -> None:
         raise results.ResultsError(f"cannot write to {place}: {above} is not a writable directory")
 
 
-def describe(job: Job) -> str:
-    """What a run would do, and in how much memory: for --dry-run. Compiles a step to know it."""
-    spec, (graphdef, trainable, frozen) = job.spec, job.parts
-    program, batches = make_program(spec.train, job.method, graphdef, trainable), make_batches(job)
-    steps = train.num_steps(batches, spec.train.epochs)
-    state = jax.eval_shape(program.optimizer.init, trainable)
-    widest = max(range(batches.steps_per_epoch), key=batches.width)
-    limit = spec.train.steps_per_call
-    stacked = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct((limit, *x.shape), x.dtype), batches.batch(widest)
-    )
-    lowered = train.run_steps.lower(
-        apply=program.apply,
-        loss=loss_for(job.data.kind),
-        optimizer=program.optimizer,
-        accumulate=spec.train.accumulate,
-        trainable=trainable,
-        opt_state=state,
-        frozen=frozen,
-        batches=stacked,
-        rates=jax.ShapeDtypeStruct((limit,), np.float32),
-        count=0,
-        key=jax.random.key(spec.seed),
-        first=0,
-    )
-    temporary = lowered.compile().memory_analysis().temp_size_in_bytes
-    amounts = {
-        "frozen": num_bytes(frozen),
-        "trainable": num_bytes(trainable),
-        "optimizer": num_bytes(state),
-        "gradients and activations": temporary,
-    }
-    parts = ", ".join(f"{name} {megabytes(size)}" for name, size in amounts.items())
-    return (
-        f"{json.dumps(resolved(job), indent=1)}\n{sizes(job)}\n{start_line(job)}\n"
-        f"steps: {steps:,} ({batches.steps_per_epoch:,} an epoch), at most"
-        f" {spec.train.batch_size} x {batches.width(widest)} tokens each\n"
-        f"memory: {parts}; {megabytes(sum(amounts.values()))} in all, beside Python's own\n"
-        f"would write {job.out}: {', '.join(FILES)}, trainable.safetensors"
-        f" ({megabytes(num_bytes(trainable))})"
-    )
-
-
-def num_bytes(tree) -> int:
-    """Bytes of a pytree's arrays."""
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-
-
-def megabytes(size: int) -> str:
-    """A number of bytes, for people."""
-    return f"{size / 1e6:,.1f} MB" if size >= 1e5 else f"{size / 1e3:,.1f} kB"
-
-
 def finished(job: Job) -> dict | None:
     """The record, when this very run was done before."""
     return provenance.read_json(job.out / "record.json")
@@ -269,6 +217,15 @@ def execute(job: Job, note: Callable[[str], None]) -> dict:
         )
 
     before = {name: outputs(trainable, name) for name in held_out}
+    best = {}
+
+    def validate(state) -> float:
+        found = before["validation"] if state is trainable else outputs(state, "validation")
+        loss = mean_loss(found)
+        if not best or loss < best["loss"]:  # the state that is kept
+            best.update(loss=loss, outputs=found)
+        return loss
+
     log, num_trainable = [], count(trainable)
     with Progress(train.num_steps(batches, spec.train.epochs)) as progress:
         fitted = fit(
@@ -278,12 +235,15 @@ def execute(job: Job, note: Callable[[str], None]) -> dict:
             frozen=frozen,
             batches=batches,
             peak=spec.method.learning_rates[0],
-            validate=lambda state: mean_loss(outputs(state, "validation")),
+            validate=validate,
             log=progress_log(progress, spec.method.label, log),
             key=jax.random.key(spec.seed),
             loss=loss_for(job.data.kind),
         )
-    after = {name: outputs(fitted.trainable, name) for name in held_out}
+    after = {
+        name: best["outputs"] if name == "validation" else outputs(fitted.trainable, name)
+        for name in held_out
+    }
     record = new_record(job, before, after, fitted, num_trainable)
     record["padding_fraction"] = round(batches.padding_fraction(), 4)
     record["seconds"] = {
@@ -299,7 +259,7 @@ def new_record(job: Job, before: dict, after: dict, fitted: train.Fitted, traine
     spec, model = job.spec, job.model
     majority = None
     if job.data.kind == "classification":
-        majority = int(np.bincount(job.data.splits["train"].labels).argmax())
+        majority = model.head.labels[np.bincount(job.data.splits["train"].labels).argmax()]
     return {
         "fingerprint": job.fingerprint,
         "model": {
@@ -330,18 +290,17 @@ def new_record(job: Job, before: dict, after: dict, fitted: train.Fitted, traine
             }
             for name, encoded in job.encoded.items()
         },
-        "majority_class": None if majority is None else model.head.labels[majority],
+        "majority_class": majority,
         "num_steps": fitted.num_steps,
         "best_step": fitted.best_step,
         "validation_loss": fitted.validation_loss,
         "tokens_per_second": round(fitted.tokens_per_second, 1),
-        "metrics": {
-            name: {
-                "before": measure(before[name], spec.level, majority),
-                "after": measure(after[name], spec.level, majority),
-            }
-            for name in after
-        },
+        "metrics": [
+            {"split": split, "when": when, **metric}
+            for split in after
+            for when, arrays in (("before", before[split]), ("after", after[split]))
+            for metric in measure(arrays, spec.level, model.head, majority)
+        ],
         "peak_memory_mb": provenance.peak_memory_mb(),
         "environment": provenance.environment(),
     }
@@ -352,15 +311,16 @@ def resolved(job: Job) -> dict:
     spec, model = job.spec, job.model
     local = Path(spec.model.path).expanduser().is_dir()
     path = str(job.directory.resolve()) if local else spec.model.path
-    config = results.run_config(
-        path,
-        dtypes(model.params)[0],
-        model.head,
-        spec.method.name,
-        plain(spec.method.options()),
-        spec.seed,
-    )
-    config["model"]["revision"] = spec.model.revision
+    config = {
+        "model": {
+            "path": path,
+            "revision": spec.model.revision,
+            "dtype": dtypes(model.params)[0],
+            "head": {"kind": model.head.kind, "labels": list(model.head.labels)},
+        },
+        "method": {"name": spec.method.name, **plain(spec.method.options())},
+        "seed": spec.seed,
+    }
     config["learning_rate"] = spec.method.learning_rates[0]
     config["data"] = {**plain(spec.data), "kind": job.data.kind, "labels": list(job.data.classes)}
     rest = {name: plain(getattr(spec, name)) for name in ("train", "eval_batch_size", "level")}
@@ -377,7 +337,9 @@ def write(job: Job, record: dict, log: list[dict], outputs: dict, weights: Mappi
     }
 
     def fill(partial: Path) -> None:
-        results.save_trained(partial, weights, resolved(job))
+        (partial / "config.json").write_text(json.dumps(resolved(job), indent=1))
+        arrays = {path: np.ascontiguousarray(array) for path, array in weights.items()}
+        save_file(arrays, partial / "trainable.safetensors")
         (partial / "record.json").write_text(json.dumps(record, indent=1))
         splits = {name: list(split.ids) for name, split in job.data.splits.items()}
         (partial / "splits.json").write_text(json.dumps(splits))
@@ -389,8 +351,7 @@ def write(job: Job, record: dict, log: list[dict], outputs: dict, weights: Mappi
 
 def summary(record: dict) -> list[str]:
     """What a finished run says on the terminal."""
-    return [
-        f"{split} {when}: {sentence(found)}"
-        for split, both in record["metrics"].items()
-        for when, found in both.items()
-    ]
+    groups: dict[str, list[dict]] = {}
+    for metric in record["metrics"]:
+        groups.setdefault(f"{metric['split']} {metric['when']}", []).append(metric)
+    return [f"{name}: {sentence(metrics)}" for name, metrics in groups.items()]

@@ -73,14 +73,15 @@ def likelihood(
 def _right_padded(sequences, batch_size, pad_id):
     """(rows, tokens (B, S), mask (B, S)) of all sequences, the short ones together.
 
-    S is a power of two or the greatest length, so that few programs compile. A last block is filled
-    up with rows of one pad; their mask holds one token, because a row without any is undefined.
+    S is one of 32, 48, 64, 96, 128, ... or the greatest length: few programs compile. A last block
+    is filled up with rows of one pad; their mask holds one token, because a row without any is
+    undefined.
     """
     lengths = np.array([len(s) for s in sequences])
     order, longest = np.argsort(lengths, kind="stable"), int(lengths.max())
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
-        width = min(longest, max(32, 1 << int(lengths[rows].max() - 1).bit_length()))
+        width = min(longest, _width(int(lengths[rows].max())))
         tokens = np.full((batch_size, width), pad_id, np.int32)
         mask = np.zeros(tokens.shape, bool)
         mask[:, 0] = True
@@ -88,6 +89,12 @@ def _right_padded(sequences, batch_size, pad_id):
             tokens[place, : lengths[row]] = sequences[row]
             mask[place, : lengths[row]] = True
         yield rows, tokens, mask
+
+
+def _width(length: int) -> int:
+    """The next of 32, 48, 64, 96, 128, ..."""
+    power = max(32, 1 << (length - 1).bit_length())
+    return power * 3 // 4 if power > 32 and length <= power * 3 // 4 else power
 
 
 @functools.partial(jax.jit, static_argnames="apply")

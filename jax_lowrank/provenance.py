@@ -18,7 +18,7 @@ import jax
 
 PACKAGES = ("jax_lowrank", "jax", "jaxlib", "flax", "optax", "numpy", "transformers", "tokenizers")
 # Rooms that only read finished runs: a change in them makes no run stale.
-READERS = ("report", "evaluation", "cli.py", "__main__.py", "progress.py")
+READERS = ("report", "evaluation", "cli", "dry_run", "export", "model_card", "__main__", "progress")
 
 
 def hash_files(directory: Path) -> str:

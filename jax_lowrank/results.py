@@ -2,8 +2,7 @@
 
 STUDY/study.json          the study's configuration, data, base model (`StudyResult.study`)
 STUDY/prompts.json        the evaluation rows, the same for every run
-STUDY/runs/FINGERPRINT/   record.json, log.jsonl; with outputs: outputs.npz, completions.json,
-                          config.json and trainable.safetensors, from which the model is rebuilt
+STUDY/runs/FINGERPRINT/   record.json, log.jsonl; with outputs: outputs.npz, completions.json
 """
 
 from __future__ import annotations
@@ -125,7 +124,6 @@ def write_run(
     arrays: Mapping[str, np.ndarray] | None = None,
     completions: Mapping[str, list[list[str]]] | None = None,
     weights: Mapping[str, np.ndarray] | None = None,
-    config: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write a run under STUDY/runs/FINGERPRINT, whole or not at all, and return that directory."""
 
@@ -136,39 +134,19 @@ def write_run(
             np.savez_compressed(partial / "outputs.npz", **arrays)
             (partial / "completions.json").write_text(json.dumps(completions))
         if weights:
-            save_trained(partial, weights, config)
+            from safetensors.numpy import save_file
+
+            save_file(dict(weights), partial / "trainable.safetensors")
 
     return write_directory(directory / "runs" / record["fingerprint"], write)
 
 
-def run_config(
-    path: str, dtype: str, head: tuple, method: str, options: Mapping[str, Any], seed: int
-) -> dict:
-    """What rebuilds a trained model beside its arrays: base model, head (kind, labels), method."""
-    return {
-        "model": {"path": path, "dtype": dtype, "head": {"kind": head[0], "labels": list(head[1])}},
-        "method": {"name": method, **options},
-        "seed": seed,
-    }
-
-
-def save_trained(directory: Path, weights: Mapping[str, np.ndarray], config: Mapping) -> None:
-    """config.json and trainable.safetensors of a run."""
-    from safetensors.numpy import save_file
-
-    (directory / "config.json").write_text(json.dumps(config, indent=1))
-    arrays = {name: np.ascontiguousarray(array) for name, array in weights.items()}
-    save_file(arrays, directory / "trainable.safetensors")
-
-
 def read_run_config(directory: Path) -> dict:
-    """config.json of a run's directory; {} where there is no run."""
-    if not (directory / "record.json").is_file():
-        return {}
+    """config.json of a `finetune` run; {} for anything else, such as a model's directory."""
     path = directory / "config.json"
-    if not path.is_file():
-        raise ResultsError(f"{directory} keeps no trained weights; it was run to measure only")
-    return json.loads(path.read_text())
+    if not (directory / "record.json").is_file() or not path.is_file():
+        return {}
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def finished(directory: Path, fingerprint: str) -> dict | None:

@@ -10,11 +10,9 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from safetensors.numpy import load_file
 
-from jax_lowrank import infer, models, provenance, results
-from jax_lowrank.adapt import METHODS
-from jax_lowrank.adapt.method import Method, bind
+from jax_lowrank import export, infer, models, results
+from jax_lowrank.adapt.method import bind
 from jax_lowrank.config import ModelSpec, require
 from jax_lowrank.config_run import EvaluateSpec, GenerateSpec
 from jax_lowrank.evaluation import classification, perplexity
@@ -25,62 +23,31 @@ from jax_lowrank.tasks import encode, readers, text
 
 
 class Trained(NamedTuple):
-    """A model that can be asked: apply(*states), its tokenizer, and the run that made it.
-
-    config, record: of the run; empty for a bare checkpoint, whose method is None.
-    """
+    """A model that can be asked as apply(*states), and the record of its run or {}."""
 
     model: models.Model
     text: Text
     apply: Callable
     states: tuple
-    method: Method | None
-    graphdef: Any
-    config: Mapping
     record: Mapping
 
 
-def load(target: str, spec: ModelSpec, head: Head | None = None) -> Trained:
+def load(target: str, spec: ModelSpec) -> Trained:
     """The model of a run's directory, or of a Hugging Face directory or hub id.
 
-    spec: revision and dtype of a bare checkpoint. head: what it must have. Raises ValueError or
-    OSError, in one sentence.
+    spec: revision and dtype of a bare checkpoint. Raises ValueError or OSError, in one sentence.
     """
-    if results.read_run_config(Path(target)):
-        return load_run(Path(target))
-    directory = models.weights.resolve(target, spec.revision)
-    model = models.load(directory, param_dtype(spec.dtype), head=head)
+    if (Path(target) / "record.json").is_file():
+        run = export.read_run(Path(target))
+        loaded = export.load_run(run)
+        model, directory, record = loaded.base, run.base, run.record
+        graphdef, states = loaded.graphdef, (loaded.trainable, loaded.frozen)
+    else:
+        directory, record = models.weights.resolve(target, spec.revision), {}
+        model = models.load(directory, param_dtype(spec.dtype))
+        graphdef, states = model.graphdef, (model.params,)
     words = load_text(directory)._replace(vocab_size=model.config.vocab_size)
-    return Trained(
-        model, words, bind(model.graphdef), (model.params,), None, model.graphdef, {}, {}
-    )
-
-
-def load_run(run: Path) -> Trained:
-    """The model of a run: its base, its head, its method, and the arrays that it trained."""
-    config, record = results.read_run_config(run), provenance.read_json(run / "record.json")
-    base, key = config["model"], jax.random.key(config["seed"])
-    directory = models.weights.resolve(base["path"], base.get("revision", "main"))
-    wanted = record.get("model", {}).get("weights_hash")
-    if wanted and wanted != provenance.hash_files(directory):
-        raise results.ResultsError(f"{directory} no longer holds the weights that {run} began with")
-    head = Head(base["head"]["kind"], tuple(base["head"]["labels"]))
-    model = models.load(
-        directory, param_dtype(base["dtype"]), head=head, key=jax.random.fold_in(key, 1)
-    )
-    options = dict(config["method"])
-    method = METHODS[options.pop("name")](**options)
-    graphdef, trainable, frozen = method.split(key, model)
-    arrays = load_file(run / "trainable.safetensors")
-    if {k: v.shape for k, v in arrays.items()} != {
-        k: v.shape for k, v in models.by_path(trainable).items()
-    }:
-        raise results.ResultsError(f"{run}: trainable.safetensors does not fit its config.json")
-    trainable = models.with_arrays(trainable, {k: jax.numpy.asarray(v) for k, v in arrays.items()})
-    words = load_text(directory)._replace(vocab_size=model.config.vocab_size)
-    return Trained(
-        model, words, bind(graphdef), (trainable, frozen), method, graphdef, config, record
-    )
+    return Trained(model, words, bind(graphdef), states, record)
 
 
 def read_prompts(spec: GenerateSpec) -> list:
@@ -129,7 +96,7 @@ def generate(trained: Trained, prompts: list, spec: GenerateSpec) -> list[list[s
     return [decode(words, prompt, rows) for prompt, rows in zip(encoded, drawn)]
 
 
-def evaluate(trained: Trained, spec: EvaluateSpec) -> tuple[dict, dict]:
+def evaluate(trained: Trained, spec: EvaluateSpec) -> tuple[list[dict], dict]:
     """Metrics and per-example outputs on a file; a run's own settings come in `spec`."""
     head, kind = trained.model.head, spec.data.kind
     if head.kind == "classification":
@@ -161,13 +128,8 @@ def evaluate(trained: Trained, spec: EvaluateSpec) -> tuple[dict, dict]:
         spec.batch_size,
         trained.text.pad_id,
     )
-    majority = trained.record.get("majority_class")
-    number = head.labels.index(majority) if majority in head.labels else None
-    metrics = {
-        "rows": len(encoded.sequences),
-        "truncated": encoded.num_truncated,
-        **measure(arrays, spec.level, number),
-    }
+    metrics = measure(arrays, spec.level, head, trained.record.get("majority_class"))
+    metrics = [{**metric, "truncated": encoded.num_truncated} for metric in metrics]
     return metrics, {"ids": np.array(examples.ids), **arrays}
 
 
@@ -207,53 +169,67 @@ def mean_loss(arrays: Mapping[str, np.ndarray]) -> float:
     return float((log_sum - arrays["logits"][rows, arrays["labels"]]).mean())
 
 
-def measure(arrays: Mapping[str, np.ndarray], level: float, majority: int | None = None) -> dict:
-    """Metrics of one split's outputs, as JSON can hold them; undefined is null."""
+def measure(arrays: Mapping[str, np.ndarray], level: float, head: Head, majority=None) -> list:
+    """Metrics of one split's outputs: dicts with name, value, low, high, n and reason.
+
+    majority: the most frequent class of the training rows. Undefined is None, with a reason.
+    """
     if "nll" in arrays:
         found = perplexity.measure(arrays["nll"], arrays["tokens"], level=level)
-    else:
-        found = classification.measure(
-            arrays["logits"], arrays["labels"], majority=majority, level=level
-        )
-    return to_json(found)
+        entries = {"perplexity": found.perplexity, "nats per token": found.nats_per_token}
+        return [{**_entry(*e), "tokens": found.num_tokens} for e in entries.items()]
+    number = head.labels.index(majority) if majority else None
+    found = classification.measure(arrays["logits"], arrays["labels"], majority=number, level=level)
+    entries = {
+        "accuracy": found.accuracy,
+        "accuracy of the majority class": found.majority_accuracy,
+        "macro-F1": found.macro_f1,
+        "nats per row": found.nll,
+    }
+    f1 = [
+        {"name": f"F1 of {label}", "value": _finite(value), "n": int(rows)}
+        for label, value, rows in zip(head.labels, found.f1, found.support)
+    ]
+    return [_entry(*e) for e in entries.items()] + f1
 
 
-def to_json(value: Any) -> Any:
-    """Metrics as plain JSON: named tuples by name, NaN as null."""
-    if hasattr(value, "_asdict"):
-        return {name: to_json(part) for name, part in value._asdict().items()}
-    if isinstance(value, list | tuple | np.ndarray):
-        return [to_json(part) for part in value]
-    if isinstance(value, np.generic):
-        value = value.item()
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def _entry(name: str, found: Any) -> dict:
+    """An interval as JSON can hold it."""
+    limits = {"value": found.estimate, "low": found.low, "high": found.high}
+    limits = {key: _finite(value) for key, value in limits.items()}
+    return {"name": name, **limits, "n": int(found.n), "reason": found.reason}
 
 
-def sentence(metrics: Mapping[str, Any]) -> str:
+def _finite(value: float) -> float | None:
+    return float(value) if math.isfinite(value) else None
+
+
+def sentence(metrics: list[dict]) -> str:
     """The headline of `measure`, with counts and intervals."""
-    if "perplexity" in metrics:
+    m = {metric["name"]: metric for metric in metrics}
+    if "perplexity" in m:
         return (
-            f"perplexity {_shown(metrics['perplexity'])},"
-            f" {_shown(metrics['nats_per_token'])} nats per token,"
-            f" {metrics['num_tokens']:,} tokens of {metrics['nats_per_token']['n']:,} rows"
+            f"perplexity {_shown(m['perplexity'])}, {_shown(m['nats per token'])} nats per token;"
+            f" {m['perplexity']['tokens']:,} tokens, {m['perplexity']['n']:,} rows"
         )
     return (
-        f"accuracy {_shown(metrics['accuracy'])} of {metrics['accuracy']['n']:,} rows"
-        f" (majority class {_number(metrics['majority_accuracy']['estimate'])}),"
-        f" macro-F1 {_shown(metrics['macro_f1'])}, {_shown(metrics['nll'])} nats per row"
+        f"accuracy {_shown(m['accuracy'])}, of the majority class"
+        f" {_number(m['accuracy of the majority class']['value'])}; macro-F1"
+        f" {_shown(m['macro-F1'])}; {_shown(m['nats per row'])} nats per row;"
+        f" {m['accuracy']['n']:,} rows"
     )
 
 
-def _shown(interval: Mapping[str, Any]) -> str:
-    limits = f"{_number(interval['low'])}, {_number(interval['high'])}"
-    return f"{_number(interval['estimate'])} [{limits}]"
+def _shown(metric: Mapping[str, Any]) -> str:
+    limits = f"{_number(metric['low'])}, {_number(metric['high'])}"
+    return f"{_number(metric['value'])} [{limits}]"
 
 
 def _number(value: float | None) -> str:
     return "?" if value is None else f"{value:.3f}"
 
 
-def write_evaluation(out: Path, metrics: dict, arrays: dict) -> None:
+def write_evaluation(out: Path, metrics: list[dict], arrays: dict) -> None:
     """metrics.json and predictions.npz under `out`, which must be new."""
     if out.exists():
         raise results.ResultsError(f"{out} is there already; choose another --out")

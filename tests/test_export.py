@@ -18,15 +18,19 @@ from jax_lowrank.models.head import Head
 LORA = {"rank": 2, "alpha": 4.0, "rslora": True, "dropout": 0.1}
 LM = Head()
 LABELS = ("anger", "joy", "none")
-METRICS = {
-    "test": {
-        "after": {
-            "accuracy": {"estimate": 0.75, "low": 0.61, "high": 0.86, "n": 40, "reason": ""},
-            "f1": {"estimate": None, "low": None, "high": None, "n": 0, "reason": "one | class"},
-            "rows": 40,
-        }
-    }
-}
+AFTER = {"split": "test", "when": "after"}
+METRICS = [
+    {**AFTER, "name": "accuracy", "value": 0.75, "low": 0.61, "high": 0.86, "n": 40, "reason": ""},
+    {
+        **AFTER,
+        "name": "f1",
+        "value": None,
+        "low": None,
+        "high": None,
+        "n": 0,
+        "reason": "one | class",
+    },
+]
 
 
 @pytest.fixture

@@ -8,13 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_text
-from safetensors.numpy import load_file
 from tiny_text import jsonl
 
-from jax_lowrank import cli, data, finetune, infer, models, train, trained
+from jax_lowrank import cli, data, finetune, infer, train, trained
 from jax_lowrank.adapt.method import bind
 from jax_lowrank.config import MethodSpec, ModelSpec, TrainSpec
 from jax_lowrank.config_run import DataSpec, FinetuneSpec
+from jax_lowrank.models.head import Head
 from jax_lowrank.tasks import encode
 
 SMALL = ["--max-length", "32", "--epochs", "3", "--batch-size", "8", "--learning-rate", "0.01"]
@@ -54,6 +54,12 @@ def folder(tmp_path_factory):
 METHOD = {"completion": "lora", "classification": "full", "chat": "lora"}
 
 
+def metrics_of(record, split, when="after"):
+    """Name -> metric."""
+    found = [m for m in record["metrics"] if (m["split"], m["when"]) == (split, when)]
+    return {m["name"]: m for m in found}
+
+
 def record_of(run):
     return json.loads((run / "record.json").read_text())
 
@@ -69,13 +75,11 @@ def test_a_run_learns_and_says_what_it_did(folder, kind):
         == rows["test"]
         == record["splits"]["test"]["also_trained_on"] + rows["validation"]
     )
-    before, after = (record["metrics"]["test"][when] for when in ("before", "after"))
-    name = "nll" if kind == "classification" else "nats_per_token"
-    assert after[name]["estimate"] < before[name]["estimate"]
-    assert after[name]["low"] < after[name]["estimate"] < after[name]["high"]
-    assert record["metrics"]["validation"]["after"][name]["estimate"] == pytest.approx(
-        record["validation_loss"]
-    )
+    name = "nats per row" if kind == "classification" else "nats per token"
+    before, after = (metrics_of(record, "test", when)[name] for when in ("before", "after"))
+    assert after["value"] < before["value"] and after["low"] < after["value"] < after["high"]
+    held_out = metrics_of(record, "validation")[name]["value"]
+    assert held_out == pytest.approx(record["validation_loss"])
     assert record["environment"]["jax"] and record["peak_memory_mb"] > 50
     assert record["dtypes"]["trainable"] == ["float32"]
     assert record["effective_scale"] == (2.0 if METHOD[kind] == "lora" else None)
@@ -93,8 +97,11 @@ def test_the_metrics_come_from_the_stored_predictions(folder, kind):
         arrays = {k.removeprefix("test/"): v for k, v in stored.items() if k.startswith("test/")}
     record = record_of(run)
     assert arrays.pop("ids").tolist() == json.loads((run / "splits.json").read_text())["test"]
-    majority = None if kind != "classification" else 0
-    assert trained.measure(arrays, 0.95, majority) == record["metrics"]["test"]["after"]
+    head = Head(record["model"]["head"], tuple(record["model"]["labels"]))
+    found = trained.measure(arrays, 0.95, head, record["majority_class"])
+    assert {m["name"]: {"split": "test", "when": "after", **m} for m in found} == metrics_of(
+        record, "test"
+    )
 
 
 @pytest.mark.parametrize("kind", METHOD)
@@ -108,10 +115,10 @@ def test_a_run_is_rebuilt_from_its_directory(folder, kind, monkeypatch, capsys):
     assert code == 0, err
     found = json.loads((out / "metrics.json").read_text())
     record = record_of(run_directory)
-    after = record["metrics"]["test"]["after"]
     name = "accuracy" if kind == "classification" else "perplexity"
-    assert found[name]["estimate"] == pytest.approx(after[name]["estimate"], rel=1e-5)
-    assert found["rows"] == record["splits"]["test"]["rows"] and name in said
+    again, after = found[0], metrics_of(record, "test")[name]
+    assert again["name"] == name and again["value"] == pytest.approx(after["value"], rel=1e-5)
+    assert again["n"] == record["splits"]["test"]["rows"] and name in said
     code, _, err = run(
         ["evaluate", run_directory, "--data", file, "--out", out], monkeypatch, capsys
     )
@@ -120,9 +127,9 @@ def test_a_run_is_rebuilt_from_its_directory(folder, kind, monkeypatch, capsys):
 
 def test_classes_are_learnt(folder):
     record = record_of(folder / "runs" / "classification")
-    test = record["metrics"]["test"]["after"]
-    assert test["accuracy"]["estimate"] == 1.0 > test["majority_accuracy"]["estimate"]
-    assert test["accuracy"]["n"] == 40 and test["support"] == [20, 20]
+    test = metrics_of(record, "test")
+    assert test["accuracy"]["value"] == 1.0 > test["accuracy of the majority class"]["value"]
+    assert test["accuracy"]["n"] == 40 and test["F1 of pos"]["n"] == 20
     assert record["model"]["labels"] == ["neg", "pos"] and record["majority_class"] in (
         "neg",
         "pos",
@@ -304,19 +311,34 @@ def test_generation(folder, monkeypatch, capsys):
     assert code == 0 and said.strip(), err
 
 
-def test_a_changed_base_or_damaged_arrays_are_noticed(folder, tmp_path):
+def test_a_changed_base_or_damaged_arrays_are_noticed(folder, tmp_path, monkeypatch, capsys):
     copy = tmp_path / "run"
     shutil.copytree(folder / "runs" / "completion", copy)
+    line = ["generate", copy, "--prompt", "the cat"]
     config = json.loads((copy / "config.json").read_text())
-    assert set(load_file(copy / "trainable.safetensors")) == set(
-        models.by_path(trained.load_run(copy).states[0])
-    )
     config["method"]["rank"] = 4
     (copy / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=r"trainable.safetensors does not fit its config.json"):
-        trained.load_run(copy)
-    other = tiny_text.checkpoint(tmp_path / "other", seed=1)
-    config["model"]["path"] = str(other)
+    code, _, err = run(line, monkeypatch, capsys)
+    assert code == 2 and "trainable.safetensors does not fit its method" in err
+    config["model"]["path"] = str(tiny_text.checkpoint(tmp_path / "other", seed=1))
     (copy / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="no longer holds the weights"):
-        trained.load_run(copy)
+    code, _, err = run(line, monkeypatch, capsys)
+    assert code == 2 and "is not the run's base model" in err
+
+
+@pytest.mark.parametrize("kind", METHOD)
+def test_a_run_can_be_exported(folder, kind, tmp_path, monkeypatch, capsys):
+    """What another program reads gives the run's own outputs; its card has the test figures."""
+    out = tmp_path / "out"
+    code, said, err = run(
+        ["export", folder / "runs" / kind, "--format", "hf", "--out", out], monkeypatch, capsys
+    )
+    assert code == 0 and str(out) in said, err
+    arguments = ["evaluate", out, "--data", folder / f"{kind}.jsonl", "--max-length", 32]
+    code, again, err = run(arguments, monkeypatch, capsys)
+    record = record_of(folder / "runs" / kind)
+    name = "accuracy" if kind == "classification" else "perplexity"
+    value = metrics_of(record, "test")[name]["value"]
+    assert code == 0 and f"{name} {value:.3f} [" in again, err
+    card = (out / "README.md").read_text()
+    assert f"| test, after training | {name} | {value:.6g} |" in card

@@ -143,16 +143,7 @@ class Cell(NamedTuple):
         apply, states = self.evaluated(program, fitted.trainable, frozen)
         arrays, completions = measure(p, apply, states)
         record["seconds"]["evaluate"] = round(time.perf_counter() - began, 3)
-        config = results.run_config(
-            p.directory,
-            str(dtypes(p.model.params)[0]),
-            p.model.head,
-            run.method.name,
-            run.method.options(),
-            run.seed,
-        )
-        weights = models.by_path(fitted.trainable)
-        results.write_run(p.out, record, log, arrays, completions, weights, config)
+        results.write_run(p.out, record, log, arrays, completions, models.by_path(fitted.trainable))
         note(f"{label}: {summary(record, arrays)}")
 
     def evaluated(self, program: Program, trainable, frozen) -> tuple[Callable, tuple]:

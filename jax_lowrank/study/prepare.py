@@ -55,7 +55,6 @@ class Prepared(NamedTuple):
     text: Text
     model: models.Model
     source: str
-    directory: str  # where the base model lies, or its hub id
     pretrained: dict | None  # how it was pretrained, when it was made here
     weights_hash: str
 
@@ -88,8 +87,7 @@ def prepare(study: Study, out: Path, note: Callable[[str], None]) -> Prepared:
     check_lengths(study, task, text, model)
     pretrained = provenance.read_json(directory / "pretrain.json")
     weights_hash = provenance.hash_files(directory)
-    place = str(directory.resolve())
-    return Prepared(study, out, task, scorer, text, model, source, place, pretrained, weights_hash)
+    return Prepared(study, out, task, scorer, text, model, source, pretrained, weights_hash)
 
 
 def check_writable(out: Path) -> None:

@@ -1,0 +1,68 @@
+"""What the commands say of themselves."""
+
+HELP = """\
+jax-lowrank: what does low-rank fine-tuning leave behind, compared with full fine-tuning?
+
+commands
+  study CONFIG [--out DIR] [--FIELD VALUE ...]   run a study, or continue it, and report it
+  report DIR                                     report a results directory again
+  finetune --model PATH --data FILE [...]        one run: LoRA, full fine-tuning and others
+  generate RUN_OR_MODEL --prompt TEXT [...]      continue prompts
+  evaluate RUN_OR_MODEL --data FILE [...]        measure on a file
+  export RUN --format hf|peft [--out DIR]        a finished run for transformers or for PEFT
+
+examples
+  jax-lowrank study configs/demo.py
+  jax-lowrank study configs/demo.py --out results/long --train.epochs 6 --seeds 1 2 3 4 5
+  jax-lowrank report results/demo
+  jax-lowrank finetune --model ./llama --data chats.jsonl --out results/chat
+  jax-lowrank COMMAND --help                              examples and every field of a command
+  jax-lowrank study configs/stories_honest.py --help      every field of that study, and its value
+
+CONFIG is a Python file with a function config() that returns a Study, or FILE.py:FUNCTION.
+Results go to results/NAME; a run that is finished there is not run again.
+Exit codes: 0 done, 1 a run failed, 2 the input is wrong, 130 interrupted.
+"""
+
+FINETUNE_HELP = """\
+Fine-tune a checkpoint on a file: text, prompts with completions, chats, or texts with classes.
+
+examples
+  jax-lowrank finetune --model ./llama --data pairs.jsonl --rank 16 --learning-rate 1e-4
+  jax-lowrank finetune --model ./bert --data reviews.csv --method full --test held-out.csv --dry-run
+
+--dry-run checks everything and prints the configuration, sizes and memory; it writes no result.
+The best epoch by validation loss is kept. --out DIR is where the run goes; default: under results/.
+Short for dotted fields: --model, --data, --validation, --test, --rank, --learning-rate, --epochs,
+--batch-size, --max-length; --method NAME chooses the method and its usual learning rate.
+"""
+
+GENERATE_HELP = """\
+Continue prompts with a finished run, or with a checkpoint.
+
+examples
+  jax-lowrank generate results/chat --prompt "Where is the key?" --chat
+  jax-lowrank generate ./llama --prompts prompts.jsonl --temperature 0 --max-new-tokens 32
+
+One prompt prints its continuations; a file prints one JSON object a prompt.
+"""
+
+EVALUATE_HELP = """\
+Measure a finished run, or a checkpoint, on a file.
+
+examples
+  jax-lowrank evaluate results/chat --data held-out.jsonl
+  jax-lowrank evaluate results/reviews --data other.csv --data.columns.text body --out results/other
+
+--out DIR keeps metrics.json and predictions.npz. A run brings its columns, classes and length.
+"""
+
+EXPORT_HELP = """\
+Write a finished run, of finetune or of a study, for other tools.
+
+examples
+  jax-lowrank export results/chat --format hf --out exported     merged weights, for transformers
+  jax-lowrank export results/demo/runs/0390465ffc8e30e7 --format peft     the adapter, for PEFT
+
+Without --out it goes beside the run. What PEFT cannot express is an error.
+"""
