@@ -2,7 +2,9 @@
 
 import json
 import shutil
+import tracemalloc
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -12,6 +14,7 @@ from tiny import FIXTURES, model_of, oracle_of, same_bytes
 
 from jax_lowrank import models
 from jax_lowrank.models import weights
+from jax_lowrank.models.gpt2 import GPT2Config
 from jax_lowrank.models.weights import UnsupportedModelError, WeightsError
 
 
@@ -152,6 +155,33 @@ def test_config_without_a_model_type(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(UnsupportedModelError, match=r"names no model_type"):
         models.load(tmp_path)
+
+
+@pytest.mark.parametrize(("stored", "loaded"), [("float32", "float32"), ("bfloat16", "float32")])
+def test_loading_takes_little_more_memory_than_the_model(tmp_path, monkeypatch, stored, loaded):
+    config = GPT2Config(
+        vocab_size=3000, num_layers=4, width=256, num_heads=4, mlp_width=1024, max_positions=64
+    )
+    made = models.create("gpt2", config, jax.random.key(0), jnp.dtype(stored))
+    models.save(tmp_path, made, made.params, max_shard_bytes=2_000_000)
+    places, empty = [], weights._empty
+
+    def recorded(shape, dtype):
+        places.append(empty(shape, dtype))
+        return places[-1]
+
+    monkeypatch.setattr(weights, "_empty", recorded)
+    tracemalloc.start()
+    try:
+        arrays = models.by_path(models.load(tmp_path, jnp.dtype(loaded)).params)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    total = sum(array.nbytes for array in arrays.values())
+    assert total < peak < 1.1 * total
+    # The memory that was filled is the model's: JAX made no copy of it.
+    ours = {place.ctypes.data for place in places}
+    assert {array.unsafe_buffer_pointer() for array in arrays.values()} == ours
 
 
 @pytest.mark.parametrize("most", [20_000, 6_000, 1])

@@ -7,6 +7,7 @@ layers of a pattern fill one stacked array. The same table reads and writes.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -108,7 +109,8 @@ def load(
       directory: where the safetensors files are.
       rows: the family's name table.
       abstract: path -> object with a shape, for every parameter; stacked ones lead with L.
-      dtype: of the result. At most one parameter exists twice at any time.
+      dtype: of the result. On CPU no more than one tensor of the checkpoint is in memory beside
+        it, on an accelerator no more than one parameter is in host memory.
       heads: how the names of the tensors of any head begin. Those that `rows` does not ask for are
         not read.
       may_lack: whether such a beginning may be without any tensor that `rows` asks for; the
@@ -117,9 +119,7 @@ def load(
     Raises:
       WeightsError: naming every missing, unexpected and mis-shaped tensor at once.
     """
-    handles = [_open(file) for file in weight_files(directory)]
-    where = {name: handle for handle in handles for name in handle.keys()}  # noqa: SIM118
-    where = _with_prefix(where, rows, heads)
+    where = _with_prefix(_tensors(directory), rows, heads)
     wanted = {name: (row, layer) for name, row, layer in expand(rows, abstract)}
     absent = tuple(h for h in heads if not any(n.startswith(h) for n in where if n in wanted))
     missing = [name for name in wanted if name not in where]
@@ -134,8 +134,7 @@ def load(
     ]
     for name, (row, layer) in wanted.items():
         if name in where:
-            found = tuple(where[name][0].get_slice(where[name][1]).get_shape())
-            needed = _shape_in_file(row, layer, abstract)
+            found, needed = where[name].shape, _shape_in_file(row, layer, abstract)
             if found != needed:
                 problems.append(f"mis-shaped: {name} is {found}, the configuration needs {needed}")
     if problems:
@@ -146,6 +145,14 @@ def load(
     return {row.path: _read(row, abstract[row.path].shape, where, dtype) for row in rows}
 
 
+class Stored(NamedTuple):
+    """Where a tensor lies: its file, and its name and shape there."""
+
+    file: Path
+    name: str
+    shape: tuple[int, ...]
+
+
 def _open(file: Path):
     try:
         return safe_open(file, framework="numpy")
@@ -153,16 +160,25 @@ def _open(file: Path):
         raise WeightsError(f"{file} cannot be read: {error}") from error
 
 
+def _tensors(directory: Path) -> dict[str, Stored]:
+    found = {}
+    for file in weight_files(directory):
+        with _open(file) as handle:
+            for name in handle.keys():  # noqa: SIM118
+                found[name] = Stored(file, name, tuple(handle.get_slice(name).get_shape()))
+    return found
+
+
 def _with_prefix(where: Mapping, rows: Sequence[Row], heads: tuple[str, ...]) -> dict:
-    """name -> (file handle, name in the file). A base model is saved without the leading word."""
+    """The tensors under the names of `rows`. A base model is saved without the leading word."""
     prefix = rows[0].name.split(".")[0] + "."
     bare = not any(name.startswith(prefix) for name in where)
     found = {}
-    for stored, handle in where.items():
+    for stored in where:
         name = prefix + stored if bare and not stored.startswith(heads) else stored
         for old, new in RENAMED.items():
             name = name.removesuffix(old) + new if name.endswith(old) else name
-        found[name] = handle, stored
+        found[name] = where[stored]
     return found
 
 
@@ -189,17 +205,24 @@ def _shape_in_file(row: Row, layer: int | None, abstract: Mapping) -> tuple[int,
 
 
 def _read(row: Row, shape: tuple[int, ...], where: Mapping, dtype) -> jax.Array:
-    def tensor(name):
-        handle, stored = where[name]
-        value = handle.get_tensor(stored)
-        return value.T if row.transpose else value
+    out, turn = _empty(shape, dtype), np.transpose if row.transpose else np.asarray
+    parts = [(row.name, out)]
+    if "{l}" in row.name:
+        parts = [(row.name.format(l=layer), out[layer]) for layer in range(shape[0])]
+    for name, part in parts:
+        stored = where[name]
+        # Opened for each tensor: an open file's pages count as this process's memory once read.
+        with _open(stored.file) as handle:
+            part[...] = turn(handle.get_tensor(stored.name))
+    return jax.device_put(out, may_alias=True)
 
-    if "{l}" not in row.name:
-        return jax.numpy.array(tensor(row.name), dtype)
-    buffer = np.empty(shape, dtype)
-    for layer in range(shape[0]):
-        buffer[layer] = tensor(row.name.format(l=layer))
-    return jax.numpy.asarray(buffer)
+
+def _empty(shape: tuple[int, ...], dtype) -> np.ndarray:
+    """An array that begins at a multiple of 64 bytes: on CPU, JAX takes it over without a copy."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    memory = np.empty(size + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    return memory[start : start + size].view(dtype).reshape(shape)
 
 
 SHARD_BYTES = 5_000_000_000  # as transformers cuts; vLLM and others expect no more
