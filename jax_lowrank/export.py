@@ -1,4 +1,4 @@
-"""Runs out as Hugging Face models or PEFT adapters, and PEFT adapters in.
+"""Finished runs out, as Hugging Face models or PEFT adapters, each with a model card.
 
 A run is read from a study's run directory or from a `finetune` run directory; the base model is
 found where the record says, and its hash is checked before anything is written.
@@ -16,14 +16,13 @@ import jax
 import jax.numpy as jnp
 from safetensors.numpy import load_file
 
-from jax_lowrank import model_card, models, provenance, results
-from jax_lowrank.adapt import METHODS, lora, peft_format
+from jax_lowrank import adapters, model_card, models, provenance, results
+from jax_lowrank.adapt import METHODS, peft_format
 from jax_lowrank.adapt.method import Method
-from jax_lowrank.config import nearest
-from jax_lowrank.models.head import Head, stored_labels
+from jax_lowrank.config import MethodSpec, nearest
+from jax_lowrank.models.head import Head
 
 FORMATS = ("hf", "peft")
-SHARD_BYTES = 5 * 10**9
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model"),
@@ -40,7 +39,8 @@ class Run(NamedTuple):
 
     source: what the user gave as the model, a hub id or a directory; base: its local directory.
     dtype: of the frozen base in training. options: of the method, without its name.
-    metrics: dicts as in `model_card.Card`. data_hash: of what it was trained on.
+    weights_hash, data_hash: of the base model and of what the run was trained on.
+    metrics: dicts as in `model_card.Card`.
     """
 
     directory: Path
@@ -53,6 +53,7 @@ class Run(NamedTuple):
     method: str
     options: dict[str, Any]
     seed: int
+    weights_hash: str
     data_hash: str
     metrics: list[dict[str, Any]]
 
@@ -139,7 +140,8 @@ def _study_run(run: Path, record: dict) -> Run:
     else:
         base = _pretrained(run.parents[1] / "base", wanted)
         source = str(base)
-    method = dict(record["method"])
+    rates = tuple(record["method"]["learning_rates"])
+    method = MethodSpec(**{**record["method"], "learning_rates": rates})
     return Run(
         run,
         record["fingerprint"],
@@ -148,9 +150,10 @@ def _study_run(run: Path, record: dict) -> Run:
         base,
         (record["dtypes"]["frozen"] or ["float32"])[0],
         None,
-        method.pop("name"),
-        _options(method),
+        method.name,
+        method.options(),
         record["seed"],
+        wanted,
         study["data_hash"],
         _study_metrics(run, record),
     )
@@ -170,16 +173,12 @@ def _finetune_run(run: Path, record: dict, config: dict) -> Run:
         model["dtype"],
         head,
         method.pop("name"),
-        _options(method),
+        method,
         config["seed"],
+        wanted,
         record["data_hash"],
         [{**m, "split": f"{m['split']}, {m['when']} training"} for m in record["metrics"]],
     )
-
-
-def _options(method: Mapping[str, Any]) -> dict[str, Any]:
-    """A stored method's options: what its function in METHODS takes."""
-    return {k: v for k, v in method.items() if k not in ("learning_rate", "learning_rates")}
 
 
 def find_base(source: str, revision: str, wanted: str) -> Path:
@@ -266,22 +265,13 @@ def base_config(base: Path, ours: Mapping[str, Any]) -> dict[str, Any]:
 
 def as_peft(run: Run, trained: Trained) -> peft_format.PeftFiles:
     """A LoRA run as PEFT's two files."""
-    base = trained.base
-    arrays = models.by_path(trained.trainable)
-    return peft_format.to_peft(
-        lora.factors(trained.graphdef, trained.trainable, trained.frozen),
-        {path: arrays[path] for path in base.head_paths},
-        run.options,
-        models.FAMILIES[base.family].module.rows(base.config, base.head),
-        {path: value.shape for path, value in models.by_path(base.params).items()},
-        kind=base.head.kind,
-        base=_public_name(run),
-        architecture=base.config.to_hf(base.head)["architectures"][0],
-    )
+    parts = (trained.graphdef, trained.trainable, trained.frozen)
+    return adapters.to_files(trained.base, *parts, run.options, _public_name(run))
 
 
 def _is_hub(run: Run) -> bool:
-    return not Path(run.source).expanduser().is_dir()
+    # Where huggingface_hub keeps its snapshots.
+    return f"models--{run.source.replace('/', '--')}" in run.base.resolve().parts
 
 
 def _public_name(run: Run) -> str:
@@ -303,7 +293,7 @@ def card_of(run: Run, trained: Trained, format: str) -> model_card.Card:
         ("steps", record.get("num_steps")),
         ("trained parameters", record.get("trainable_parameters")),
         ("base model", _public_name(run)),
-        ("SHA-256 of the base model", provenance.hash_files(run.base)),
+        ("SHA-256 of the base model", run.weights_hash),
         ("SHA-256 of the data", run.data_hash),
         ("dtype of the base model in training", run.dtype),
         ("jax_lowrank", record.get("environment", {}).get("jax_lowrank")),
@@ -319,52 +309,6 @@ def card_of(run: Run, trained: Trained, format: str) -> model_card.Card:
         facts=[(name, value) for name, value in facts if value is not None],
         metrics=run.metrics,
     )
-
-
-# ------------------------------------------------------------------------------------ adapters in
-
-
-def load_adapter(
-    directory: Path, base: str | None = None, dtype=jnp.float32, key: jax.Array | None = None
-) -> tuple[Trained, dict[str, Any]]:
-    """A PEFT adapter beside its base model, ready to run or to train on, and its method's options.
-
-    Args:
-      directory: with adapter_config.json and adapter_model.safetensors.
-      base: the base model; None for the one that the adapter names.
-      dtype: of the base.
-      key: for what the base lacks and the adapter does not bring either.
-    """
-    files = peft_format.read(directory)
-    base = base or files.config.get("base_model_name_or_path")
-    if not base:
-        raise peft_format.PeftError(f"{directory} names no base model; give one")
-    path = models.weights.resolve(base, files.config.get("revision") or "main")
-    key = jax.random.key(0) if key is None else key
-    model = models.load(path, dtype, head=_adapter_head(files, path), key=key)
-    rows = models.FAMILIES[model.family].module.rows(model.config, model.head)
-    shapes = {path: value.shape for path, value in models.by_path(model.params).items()}
-    options, arrays = peft_format.from_peft(files, rows, shapes, model.head_paths)
-    method = METHODS["lora"](**options)
-    graphdef, trainable, frozen = method.split(key, model)
-    arrays = {path: jnp.asarray(value) for path, value in arrays.items()}
-    trainable = models.with_arrays(trainable, {**models.by_path(trainable), **arrays})
-    return Trained(model, method, graphdef, trainable, frozen), options
-
-
-def _adapter_head(files: peft_format.PeftFiles, base: Path) -> Head | None:
-    """The classification head that an adapter is for; None for the base model's own head."""
-    if files.config.get("task_type") != "SEQ_CLS":
-        return None
-    config = models.weights.read_config(base)
-    family = models.family_of(config["model_type"])
-    rows = family.module.rows(family.config.from_hf(config), Head("classification", ("0", "1")))
-    name = next(row.name for row in rows if row.path == "classifier.out.kernel")
-    tensor = files.tensors.get(peft_format.PREFIX + name)
-    labels = stored_labels(config)
-    if tensor is not None and len(labels) != tensor.shape[0]:
-        labels = tuple(f"LABEL_{i}" for i in range(tensor.shape[0]))
-    return Head("classification", labels)
 
 
 def _pad_id(base: Path) -> int | None:

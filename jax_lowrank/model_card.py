@@ -10,11 +10,13 @@ PIPELINES = {
     "causal-lm": "text-generation",
     "classification": "text-classification",
     "masked-lm": "fill-mask",
+    "embedding": "feature-extraction",
 }
 AUTO_CLASSES = {
     "causal-lm": "AutoModelForCausalLM",
     "classification": "AutoModelForSequenceClassification",
     "masked-lm": "AutoModelForMaskedLM",
+    "embedding": "AutoModel",
 }
 
 

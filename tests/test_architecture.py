@@ -44,6 +44,7 @@ ALLOWED = {
     "trained": ("",),
     "cli": ("",),
     "export": ("",),
+    "adapters": ("",),
     "__main__": ("cli",),
     "__init__": (),
 }

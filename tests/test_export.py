@@ -11,8 +11,9 @@ from huggingface_hub import ModelCard
 from safetensors.numpy import save_file
 from tiny import FIXTURES, apply_of, assert_close, logits_of, oracle_of, same_bytes
 
-from jax_lowrank import cli, export, model_card, models, provenance, results
+from jax_lowrank import adapters, cli, export, model_card, models, provenance, results
 from jax_lowrank.adapt import METHODS, peft_format
+from jax_lowrank.config import MethodSpec, plain
 from jax_lowrank.models.head import Head
 
 LORA = {"rank": 2, "alpha": 4.0, "rslora": True, "dropout": 0.1}
@@ -55,7 +56,7 @@ def trained_of(base, method, options, head):
     graphdef, trainable, frozen = made.split(jax.random.key(5), model)
     keys = iter(jax.random.split(jax.random.key(1), len(jax.tree.leaves(trainable))))
     trainable = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(next(keys), x.shape), trainable)
-    return export.Trained(model, made, graphdef, trainable, frozen)
+    return adapters.Adapted(model, base, made, options, graphdef, trainable, frozen)
 
 
 def finetune_run(folder, base, method="lora", options=LORA, head=LM):
@@ -85,9 +86,10 @@ def finetune_run(folder, base, method="lora", options=LORA, head=LM):
     return run, trained
 
 
-def study_run(folder, base, *, path, kind="final"):
-    """STUDY/runs/FINGERPRINT of a LoRA run."""
-    trained, study = trained_of(base, "lora", LORA, None), folder / "study"
+def study_run(folder, base, *, path, kind="final", method="lora"):
+    """STUDY/runs/FINGERPRINT of a run."""
+    options = LORA if method == "lora" else {}
+    trained, study = trained_of(base, method, options, None), folder / "study"
     (study / "runs").mkdir(parents=True)
     described = {
         "config": {"model": {"path": path, "revision": "main"}},
@@ -99,7 +101,7 @@ def study_run(folder, base, *, path, kind="final"):
         "fingerprint": "fedcba9876543210",
         "kind": kind,
         "label": "LoRA r=2",
-        "method": {"name": "lora", "learning_rates": [1e-3], **LORA},
+        "method": plain(MethodSpec(method, (1e-3,), **options)),
         "dtypes": {"trainable": ["float32"], "frozen": ["float32"]},
         "seed": 5,
         "validation_loss": 1.25,
@@ -134,8 +136,8 @@ def test_peft_of_a_finetune_run(base, tmp_path):
     assert {path.name for path in out.iterdir()} == names
     config = json.loads((out / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(base) and config["lora_dropout"] == 0.1
-    back, options = export.load_adapter(out)
-    assert options["rslora"] and same_bytes(back.trainable, trained.trainable)
+    back = adapters.load(out)
+    assert back.options["rslora"] and same_bytes(back.trainable, trained.trainable)
 
 
 @pytest.mark.parametrize("format", export.FORMATS)
@@ -146,9 +148,14 @@ def test_study_runs(format, base, tmp_path):
     if format == "hf":
         assert same_bytes(models.load(out).params, merged(trained))
     else:
-        assert same_bytes(export.load_adapter(out)[0].trainable, trained.trainable)
+        assert same_bytes(adapters.load(out).trainable, trained.trainable)
     card = ModelCard.load(out / "README.md").text
     assert "validation loss" in card and "1.25" in card and "e" * 64 in card
+
+
+def test_a_full_run_of_a_study(base, tmp_path):
+    run, trained = study_run(tmp_path, base, path=str(base), method="full")
+    assert same_bytes(models.load(export.export(run, "hf")).params, trained.trainable)
 
 
 def test_a_model_that_the_study_pretrained(base, tmp_path):

@@ -12,8 +12,8 @@ import pytest
 from test_adapt import batches_of, optimizer_of
 from tiny import FIXTURES, apply_of, assert_close, logits_of, model_of, oracle_of, same_bytes
 
-from jax_lowrank import export, models, train
-from jax_lowrank.adapt import METHODS, lora, peft_format
+from jax_lowrank import adapters, models, train
+from jax_lowrank.adapt import METHODS, peft_format
 from jax_lowrank.adapt.peft_format import PREFIX, PeftError, PeftFiles
 from jax_lowrank.models.head import Head
 from jax_lowrank.models.weights import Row
@@ -82,7 +82,8 @@ every_case = pytest.mark.parametrize("case", CASES)
 
 def loaded(case):
     """The frozen adapter of a case beside its base, and its options."""
-    return export.load_adapter(ADAPTERS / case, str(FIXTURES / CASES[case][0]))
+    found = adapters.load(ADAPTERS / case, str(FIXTURES / CASES[case][0]))
+    return found, found.options
 
 
 def answers(graphdef, states, oracle):
@@ -103,19 +104,10 @@ def test_logits_equal_those_of_peft(case):
     assert_close(answers(trained.base.graphdef, (merged,), oracle), oracle["logits"], atol=1e-5)
 
 
-def files_of(trained, options, **changed):
+def files_of(adapted, name="x/y"):
     """An adapter as PEFT's files."""
-    base = trained.base
-    arrays = models.by_path(trained.trainable)
-    names = {
-        "factors": lora.factors(trained.graphdef, trained.trainable, trained.frozen),
-        "heads": {p: np.asarray(v) for p, v in arrays.items() if ".adapter." not in p},
-        "options": options,
-        "rows": models.FAMILIES[base.family].module.rows(base.config, base.head),
-        "shapes": {p: v.shape for p, v in models.by_path(base.params).items()},
-    }
-    given = {"kind": base.head.kind, "base": "x/y", "architecture": "Z", **changed}
-    return peft_format.to_peft(**names, **given)
+    parts = (adapted.graphdef, adapted.trainable, adapted.frozen)
+    return adapters.to_files(adapted.base, *parts, adapted.options, name)
 
 
 def adapted_modules(tensors):
@@ -125,8 +117,8 @@ def adapted_modules(tensors):
 @every_case
 def test_what_peft_made_comes_back_bit_for_bit(case):
     original = peft_format.read(ADAPTERS / case)
-    trained, options = loaded(case)
-    again = files_of(trained, options)
+    trained, _ = loaded(case)
+    again = files_of(trained)
     assert set(again.tensors) == set(original.tensors)
     for name, value in original.tensors.items():
         assert again.tensors[name].dtype == value.dtype
@@ -153,8 +145,8 @@ def test_what_peft_made_comes_back_bit_for_bit(case):
 
 
 def test_patterns_are_written_for_peft():
-    trained, options = loaded("gpt2_patterns")
-    config = files_of(trained, options).config
+    trained, _ = loaded("gpt2_patterns")
+    config = files_of(trained).config
     (rank_key, rank), *more = config["rank_pattern"].items()
     assert (rank, more) == (2, [])
     (alpha_key, alpha), *more = config["alpha_pattern"].items()
@@ -195,34 +187,37 @@ def made(name, option, head=None):
     def moved(x):
         return x + 0.05 * jax.random.normal(next(keys), x.shape)
 
-    return export.Trained(base, method, graphdef, jax.tree.map(moved, trainable), frozen)
+    trainable = jax.tree.map(moved, trainable)
+    return adapters.Adapted(
+        base, FIXTURES / name, method, OURS[option], graphdef, trainable, frozen
+    )
 
 
 @pytest.mark.parametrize("option", OURS)
 @pytest.mark.parametrize("name", ["gpt2", "llama_bias"])
 def test_what_we_made_comes_back(name, option, tmp_path):
     trained = made(name, option)
-    peft_format.write(tmp_path, files_of(trained, OURS[option]))
-    back, options = export.load_adapter(tmp_path, str(FIXTURES / name))
+    peft_format.write(tmp_path, files_of(trained))
+    back = adapters.load(tmp_path, str(FIXTURES / name))
     tokens = oracle_of(name)["tokens"]
     ours = logits_of(trained.graphdef, (trained.trainable, trained.frozen), tokens)
     theirs = logits_of(back.graphdef, (back.trainable, back.frozen), tokens)
     if option in ("pissa", "olora"):  # on the original base the rank is doubled
-        assert options["rank"] == 4 and "init" not in options
+        assert back.options["rank"] == 4 and "init" not in back.options
         assert_close(ours, theirs, atol=1e-5)
         return
     np.testing.assert_array_equal(ours, theirs)
     assert same_bytes(trained.trainable, back.trainable)
-    assert files_of(back, options).config == files_of(trained, OURS[option]).config
+    assert files_of(back).config == files_of(trained).config
 
 
 def test_a_classifier_comes_back(tmp_path):
     trained = made("llama_tied", "plain", Head("classification", ("a", "b", "c")))
-    files = files_of(trained, OURS["plain"])
+    files = files_of(trained)
     assert files.config["task_type"] == "SEQ_CLS"
     assert files.tensors[PREFIX + "score.weight"].shape == (3, 24)
     peft_format.write(tmp_path, files)
-    back, _ = export.load_adapter(tmp_path, str(FIXTURES / "llama_tied"))
+    back = adapters.load(tmp_path, str(FIXTURES / "llama_tied"))
     assert back.base.head == Head("classification", ("LABEL_0", "LABEL_1", "LABEL_2"))
     assert same_bytes(trained.trainable, back.trainable)
 
@@ -284,7 +279,7 @@ def test_fields_that_cannot_be_read(field, value, message, tmp_path):
     config = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps({**config, field: value}))
     with pytest.raises(PeftError, match=message):
-        export.load_adapter(folder, str(FIXTURES / "gpt2"))
+        adapters.load(folder, str(FIXTURES / "gpt2"))
 
 
 def copied_case(case, tmp_path):
@@ -437,7 +432,7 @@ def live(folder, name, option, head):
     import transformers
 
     trained = made(name, option, head)
-    files = files_of(trained, OURS[option], base=str(FIXTURES / name))
+    files = files_of(trained, str(FIXTURES / name))
     peft_format.write(folder, files)
     auto, extra = "AutoModelForCausalLM", {}
     if head:

@@ -17,7 +17,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 PREFIX = "base_model.model."
-TASK_TYPES = {"causal-lm": "CAUSAL_LM", "classification": "SEQ_CLS", "masked-lm": None}
+TASK_TYPES = {
+    "causal-lm": "CAUSAL_LM",
+    "classification": "SEQ_CLS",
+    "embedding": "FEATURE_EXTRACTION",
+    "masked-lm": None,
+}
 # PEFT's init_lora_weights -> our init. Other values change the base weights or need data.
 INITS = {True: "kaiming", False: "kaiming", "gaussian": "gaussian"}
 PARTS = {"a": "lora_A.weight", "b": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
@@ -31,7 +36,6 @@ READ = (
 IGNORED = (
     *("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
     *("inference_mode", "exclude_modules", "fan_in_fan_out", "qalora_group_size", "megatron_core"),
-    "runtime_config",
 )
 
 
@@ -174,11 +178,8 @@ def _pattern(name: str) -> str:
 
 def _modules(rows: Iterable) -> set[str]:
     """Names of all modules with parameters and of what contains them; layers stay `{l}`."""
-    found = set()
-    for row in rows:
-        parts = row.name.split(".")[:-1]
-        found |= {".".join(parts[:end]) for end in range(1, len(parts) + 1)}
-    return found
+    parts = [row.name.split(".") for row in rows]
+    return {".".join(each[:end]) for each in parts for end in range(1, len(each))}
 
 
 def _targets(adapted: Mapping[str, tuple], rows: Sequence) -> dict[str, Any]:
@@ -216,7 +217,7 @@ def _ending(name: str, others: set[str]) -> str | None:
 def _modules_to_save(heads: Sequence, rows: Sequence) -> list[str] | None:
     """Modules that hold the trained head: its outermost part that holds nothing of the body."""
     body = {row.name.split(".")[0] for row in rows if row not in heads}
-    names = [(row.name.split(".")[0], row.name.rpartition(".")[0]) for row in heads]
+    names = {(row.name.split(".")[0], row.name.rpartition(".")[0]) for row in heads}
     return sorted({module if first in body else first for first, module in names}) or None
 
 
@@ -345,8 +346,8 @@ def _stack(path: str, part: str, layers: Mapping[int, dict]) -> np.ndarray | Non
     present = [value is not None for value in found]
     if not any(present) and part == "magnitude":
         return None
-    if not all(present):
-        without = [layer for layer, here in zip(sorted(layers), present) if not here]
+    without = [layer for layer, here in zip(sorted(layers), present) if not here]
+    if without:
         raise PeftError(f"{path} lacks {PARTS[part]} in layers {without}")
     if len(shapes := {value.shape for value in found}) > 1:
         raise PeftError(
@@ -376,19 +377,18 @@ def _match(pattern: Mapping, name: str, default):
 
 
 def _check_shapes(path: str, arrays: Mapping, rank: int, kernel: Sequence[int]) -> None:
-    a, b = (arrays[f"{path}.adapter.{part}"].shape[-2:] for part in "ab")
-    in_dim, out_dim = kernel[-2:]
-    if a != (in_dim, rank) or b != (rank, out_dim):
+    found = [arrays[f"{path}.adapter.{part}"].shape[-2:][::-1] for part in "ab"]
+    needed = [(rank, kernel[-2]), (kernel[-1], rank)]
+    if found != needed:
         raise PeftError(
-            f"{path}: lora_A is {a[::-1]} and lora_B {b[::-1]} in the file; rank {rank} and the"
-            f" model need {(rank, in_dim)} and {(out_dim, rank)}"
+            f"{path}: lora_A is {found[0]} and lora_B {found[1]} in the file; rank {rank} and the"
+            f" model need {needed[0]} and {needed[1]}"
         )
 
 
 def _layer_options(placed: Mapping[str, Mapping], shapes: Mapping) -> dict[str, str]:
     """The `layers` option; nothing when every layer is adapted."""
-    kernels = {path: shapes[f"{path}.kernel"] for path in placed}
-    stacks = {path: shape[0] for path, shape in kernels.items() if len(shape) == 3}
+    stacks = {p: shapes[f"{p}.kernel"][0] for p in placed if len(shapes[f"{p}.kernel"]) == 3}
     chosen = {tuple(sorted(placed[path])) for path in stacks}
     if len(chosen) > 1:
         lists = "; ".join(f"{path}: {sorted(placed[path])}" for path in stacks)
