@@ -140,6 +140,23 @@ def test_pooler(family):
     assert_close(pooled, o["right_pooler"])
 
 
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [
+        ("bert_masked-lm", "__call__"),
+        ("bert_classification", "classify"),
+        ("roberta_classification", "classify"),
+        ("bert_embedding", "sentence"),
+    ],
+)
+def test_bfloat16_weights_give_float32_outputs(name, method):
+    model, o = models.load(ENCODERS / name, jnp.bfloat16), oracle(name)
+    tokens, mask = o["right_tokens"], o["right_mask"]
+    output, exact = (ran(m, method, tokens, mask) for m in (model, encoder(name)))
+    assert output.dtype == np.float32
+    assert 0 < np.abs(output - exact)[mask > 0 if output.ndim == 3 else ...].max() < 0.2
+
+
 @both_sides
 def test_sentence_embeddings(side):
     model, o = encoder("bert_embedding"), oracle("bert_embedding")
