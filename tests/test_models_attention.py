@@ -10,7 +10,7 @@ from flax import nnx
 from tiny import NAMES, assert_close, model_of, oracle_of
 
 from jax_lowrank import models
-from jax_lowrank.models import attention
+from jax_lowrank.models import attention, splash
 
 
 @functools.partial(jax.jit, static_argnames="graphdef")
@@ -115,3 +115,144 @@ def test_a_cache_holds_one_causal_text_a_row():
     for options in ({"segments": tokens}, {"causal": False}):
         with pytest.raises(ValueError, match="no segments, causal=True"):
             attention.make_context(tokens, None, cache, None, None, **options)
+
+
+CASES = {
+    "causal": {},
+    "window": {"window": 5},
+    "segments": {"segments": True},
+    "window and segments": {"window": 5, "segments": True},
+    "left pads": {"pads": "left"},
+    "right pads, window": {"pads": "right", "window": 5},
+    "pads and segments": {"pads": "right", "segments": True},
+    "both directions": {"causal": False},
+    "both directions, pads": {"causal": False, "pads": "left"},
+    "both directions, window and segments": {"causal": False, "window": 5, "segments": True},
+}
+
+
+def rows(length, *, window=None, segments=False, pads="none", causal=True):
+    """A context of two rows, and which of their tokens are real."""
+    place = np.arange(length)[None].repeat(2, axis=0)
+    real = {"none": place >= 0, "left": place >= 7, "right": place < length - 7}[pads]
+    numbers = jnp.asarray(place >= [[length // 3], [length // 2]], jnp.int32)
+    context, _ = attention.make_context(
+        jnp.zeros((2, length), jnp.int32),
+        None if pads == "none" else jnp.asarray(real),
+        None,
+        window,
+        None,
+        numbers if segments else None,
+        causal,
+    )
+    return context, real
+
+
+def outcome(context, real, heads):
+    """Output and gradients by q, k and v of the real tokens, 4 heads of 8 over `heads` of them."""
+    keys, length = jax.random.split(jax.random.key(3), 4), real.shape[1]
+    q, g = (jax.random.normal(key, (2, length, 4, 8)) for key in keys[:2])
+    k, v = (jax.random.normal(key, (2, length, heads, 8)) for key in keys[2:])
+    counted = jnp.asarray(real, jnp.float32)[:, :, None, None]
+
+    @jax.jit
+    def run(q, k, v):
+        out, pull = jax.vjp(lambda *x: attention.attend(*x, context, None, 0)[0], q, k, v)
+        return out * counted, *pull(g * counted)
+
+    return run(q, k, v)
+
+
+@pytest.mark.parametrize(
+    ("case", "heads", "length"),
+    [
+        ("causal", 2, 40),
+        ("both directions, window and segments", 4, 40),
+        # More than one block of the splash kernel, some of which it leaves out.
+        ("window and segments", 2, 300),
+        ("left pads", 1, 300),
+        *(pytest.param(case, 2, 40, marks=pytest.mark.slow) for case in CASES),
+    ],
+)
+def test_kernels_are_equal(case, heads, length, monkeypatch):
+    context, real = rows(length, **CASES[case])
+    results = {}
+    for kernel in ("auto", "xla", "splash"):
+        monkeypatch.setattr(attention, "_chosen", kernel)
+        results[kernel] = outcome(context, real, heads)
+    for kernel in ("xla", "splash"):
+        for ours, other in zip(results["auto"], results[kernel], strict=True):
+            assert float(jnp.abs(ours).max()) > 0.1
+            np.testing.assert_allclose(other, ours, atol=1e-5)
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """Names of the kernels that are traced from now on; `auto` is restored in the end."""
+    names = []
+    library, by_hand, kernel = attention._library, attention._by_hand, splash.mix
+
+    def recorded(name, function):
+        def wrapped(*args):
+            names.append(name if name else args[0])
+            return function(*args)
+
+        return wrapped
+
+    monkeypatch.setattr(attention, "_library", recorded("", library))
+    monkeypatch.setattr(attention, "_by_hand", recorded("hand", by_hand))
+    monkeypatch.setattr(splash, "mix", recorded("splash", kernel))
+    yield names
+    attention.use("auto")
+
+
+def test_one_switch_for_a_whole_model(counted):
+    model, tokens = model_of("mistral_window"), oracle_of("mistral_window")["tokens"]
+    logits = {}
+    for kernel in ("auto", "xla", "splash"):
+        attention.use(kernel)  # the function is the same: what was compiled must not be found
+        logits[kernel] = packed_pass(
+            model.graphdef, model.params, tokens, None, jnp.zeros_like(tokens)
+        )[0]
+    assert set(counted[:2]) == {"hand"} and set(counted) == {"hand", "xla", "splash"}
+    assert_close(logits["auto"], oracle_of("mistral_window")["logits"])
+    for kernel in ("xla", "splash"):
+        np.testing.assert_allclose(logits[kernel], logits["auto"], atol=1e-5)
+    # Steps with a cache are XLA's when splash attention is chosen.
+    del counted[:]
+    net = nnx.merge(model.graphdef, model.params)
+    jax.eval_shape(lambda: net.step(tokens, None, net.new_cache(3, 30))[0])
+    assert counted == ["xla"]
+
+
+def test_what_auto_takes_where(monkeypatch):
+    q, allowed = jnp.zeros((1, 4, 2, 8), jnp.bfloat16), jnp.ones((1, 1, 4, 4), bool)
+    plain = attention.Rule(True, None, None)
+    chosen = {}
+    for backend in ("cpu", "gpu", "tpu"):
+        monkeypatch.setattr(jax, "default_backend", lambda name=backend: name)
+        chosen[backend] = [
+            attention._kernel(q, q, *args)
+            for args in ((None, None), (allowed, None), (allowed, plain))
+        ]
+    # There is no cuDNN here, and JAX says so.
+    assert chosen == {
+        "cpu": ["hand"] * 3,
+        "gpu": ["xla"] * 3,
+        "tpu": ["splash", "xla", "splash"],
+    }
+    monkeypatch.setattr(attention, "_cudnn_refusal", lambda *args: None)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert attention._kernel(q, q, allowed, plain) == "cudnn"
+
+
+def test_kernels_that_cannot_be():
+    with pytest.raises(ValueError, match=r"'flash' is not one of auto, xla, cudnn, splash"):
+        attention.use("flash")
+    q = jnp.zeros((1, 4, 2, 8), jnp.bfloat16)
+    attention.use("cudnn")
+    try:
+        with pytest.raises(ValueError, match=r"'cudnn' cannot be used: cuDNN is not detected"):
+            attention.mix(q, q, q, None)
+    finally:
+        attention.use("auto")

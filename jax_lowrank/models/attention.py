@@ -14,6 +14,14 @@ import jax.numpy as jnp
 Array = jax.Array
 
 
+class Rule(NamedTuple):
+    """Who sees whom, for a kernel that makes no (S, T) array of it."""
+
+    causal: bool
+    window: int | None
+    runs: Array | None  # (B, S) int32: equal numbers see each other, pads have -1; None: all equal
+
+
 class Context(NamedTuple):
     """What attention needs to know about the rows it is given, the same for every layer."""
 
@@ -21,6 +29,7 @@ class Context(NamedTuple):
     allowed: Array | None  # (B or 1, 1, S, T) bool, or None for plain causal attention
     slot: Array | None  # () int32, the first cache slot these tokens are written to
     key: Array | None  # dropout key
+    rule: Rule | None = None  # the same as `allowed`, where there is no cache
 
 
 class Cache(NamedTuple):
@@ -56,7 +65,7 @@ def make_context(
         slots = jnp.arange(length)
         plain = causal and (window is None or window >= length)
         allowed = None if plain else _band(slots, slots, window, causal)[None, None]
-        return Context(positions, allowed, None, key), None
+        return Context(positions, allowed, None, key, Rule(causal, window, None)), None
     mask = jnp.ones_like(tokens, dtype=bool) if mask is None else mask.astype(bool)
     if cache is None:
         valid, start = mask, jnp.int32(0)
@@ -67,6 +76,7 @@ def make_context(
     queries, slots = start + jnp.arange(length), jnp.arange(valid.shape[1])
     allowed = _band(queries, slots, window, causal)[None, None] & valid[:, None, None, :]
     counts = jnp.cumsum(valid.astype(jnp.int32), axis=1) - 1
+    runs = jnp.zeros_like(tokens)
     if segments is not None:
         starts = jnp.pad(
             segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)), constant_values=True
@@ -76,7 +86,10 @@ def make_context(
         before = counts + 1 - valid.astype(jnp.int32)  # valid tokens before this one
         counts -= jax.lax.cummax(jnp.where(starts, before, 0), axis=1)
     positions = jnp.maximum(jax.lax.dynamic_slice_in_dim(counts, start, length, axis=1), 0)
-    return Context(positions, allowed, None if cache is None else start, key), cache
+    if cache is not None:
+        return Context(positions, allowed, start, key), cache
+    rule = Rule(causal, window, jnp.where(mask, runs, -1))
+    return Context(positions, allowed, None, key, rule), None
 
 
 def _band(queries: Array, slots: Array, window: int | None, causal: bool = True) -> Array:
@@ -98,17 +111,81 @@ def attend(q: Array, k: Array, v: Array, context: Context, kv: tuple[Array, Arra
         k = jax.lax.dynamic_index_in_dim(keys, layer, keepdims=False)
         v = jax.lax.dynamic_index_in_dim(values, layer, keepdims=False)
         kv = (keys, values)
-    return mix(q, k, v, context.allowed), kv
+    return mix(q, k, v, context.allowed, context.rule), kv
 
 
-def mix(q: Array, k: Array, v: Array, allowed: Array | None) -> Array:
+KERNELS = ("auto", "xla", "cudnn", "splash")
+_chosen = "auto"
+
+
+def use(kernel: str) -> None:
+    """Choose the attention kernel of everything traced from now on in this process.
+
+    auto: written by hand on CPU; on NVIDIA GPUs cuDNN's where it applies (half precision, supported
+      widths); on TPUs splash attention; XLA's for the rest.
+    xla, cudnn, splash: that one everywhere, or an error where it does not apply. Splash attention
+      leaves steps with a cache to XLA, and is interpreted (for tests) where there is no TPU.
+    """
+    global _chosen
+    if kernel not in KERNELS:
+        raise ValueError(f"attention kernel {kernel!r} is not one of {', '.join(KERNELS)}")
+    if kernel != _chosen:
+        _chosen = kernel
+        jax.clear_caches()  # or programs compiled with the other kernel would be found
+
+
+def mix(q: Array, k: Array, v: Array, allowed: Array | None, rule: Rule | None = None) -> Array:
     """softmax(q k^T / sqrt(N)) v over the allowed keys, or over those not after the query.
 
-    q (B, S, H, N); k, v (B, T, K, N); allowed (B or 1, 1, S, T) bool. On CPU by hand: XLA's own
-    derivative keeps and moves several more arrays of the size of the scores.
+    q (B, S, H, N); k, v (B, T, K, N); allowed (B or 1, 1, S, T) bool; rule: the same without an
+    array, where it is known. See `use`.
     """
-    if jax.default_backend() != "cpu":
-        return jax.nn.dot_product_attention(q, k, v, mask=allowed, is_causal=allowed is None)
+    kernel = _kernel(q, k, allowed, rule)
+    if kernel == "splash":
+        from jax_lowrank.models import splash  # experimental in JAX: only who needs it imports it
+
+        return splash.mix(q, k, v, *(rule or Rule(True, None, None)))
+    if kernel in ("xla", "cudnn"):
+        return _library(kernel, q, k, v, allowed)
+    return _by_hand(q, k, v, allowed)
+
+
+def _kernel(q: Array, k: Array, allowed: Array | None, rule: Rule | None) -> str:
+    """One of KERNELS, or `hand` for `auto` on CPU."""
+    backend, ruled = jax.default_backend(), rule is not None or allowed is None
+    if _chosen == "cudnn" or (_chosen, backend) == ("auto", "gpu"):
+        refusal = _cudnn_refusal(q, k, allowed)
+        if refusal is None:
+            return "cudnn"
+        if _chosen == "cudnn":
+            raise ValueError(f"attention kernel 'cudnn' cannot be used: {refusal}")
+    if _chosen == "splash" or (_chosen, backend) == ("auto", "tpu"):
+        return "splash" if ruled else "xla"
+    return "hand" if (_chosen, backend) == ("auto", "cpu") else "xla"
+
+
+def _library(kernel: str, q: Array, k: Array, v: Array, allowed: Array | None) -> Array:
+    return jax.nn.dot_product_attention(
+        q, k, v, mask=allowed, is_causal=allowed is None, implementation=kernel
+    )
+
+
+def _cudnn_refusal(q: Array, k: Array, allowed: Array | None) -> str | None:
+    """Why cuDNN cannot do this attention and its derivative, in JAX's words; None when it can."""
+
+    def attention(q, k, v, allowed):
+        return jax.vjp(lambda *x: _library("cudnn", *x, allowed), q, k, v)[0]
+
+    try:
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (q, k, k, allowed))
+        jax.eval_shape(attention, *shapes)
+    except (NotImplementedError, RuntimeError, ValueError) as error:
+        return str(error)
+    return None
+
+
+def _by_hand(q: Array, k: Array, v: Array, allowed: Array | None) -> Array:
+    """For CPU: XLA's own derivative keeps and moves several more arrays of the scores' size."""
     groups = q.shape[2] // k.shape[2]
     k, v = (jnp.repeat(x, groups, axis=2) if groups > 1 else x for x in (k, v))
     if allowed is not None:
