@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from huggingface_hub import ModelCard
 from safetensors.numpy import save_file
-from tiny import FIXTURES, apply_of, assert_close, logits_of, oracle_of, same_bytes
+from tiny import FIXTURES, apply_of, assert_close, folder_of, logits_of, oracle_of, same_bytes
 
 from jax_lowrank import adapters, cli, export, model_card, models, provenance, results
 from jax_lowrank.adapt import METHODS, peft_format
@@ -42,7 +42,7 @@ def base(tmp_path):
 
 def make_base(folder, name):
     target = folder / f"base_{name}"
-    shutil.copytree(FIXTURES / name, target)
+    shutil.copytree(folder_of(name), target)
     (target / "oracle.npz").unlink()
     (target / "tokenizer.json").write_text('{"a": 1}')
     (target / "generation_config.json").write_text('{"eos_token_id": 2}')
@@ -317,7 +317,9 @@ def test_live_transformers_loads_it(name, tmp_path):
     assert_close(ours, expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama_tied"])
+@pytest.mark.parametrize(
+    "name", ["gpt2", "llama_tied", "opt_350m", "qwen2", "bert_masked-lm", "roberta_masked-lm"]
+)
 def test_live_transformers_loads_a_classifier(name, tmp_path):
     torch = pytest.importorskip("torch")
     from transformers import AutoModelForSequenceClassification
@@ -326,10 +328,12 @@ def test_live_transformers_loads_a_classifier(name, tmp_path):
         tmp_path, make_base(tmp_path, name), head=Head("classification", LABELS)
     )
     theirs = AutoModelForSequenceClassification.from_pretrained(export.export(run, "hf")).eval()
-    tokens = np.array(oracle_of(name)["tokens"])
+    stored = np.load(folder_of(name) / "oracle.npz")
+    tokens = stored["tokens" if "tokens" in stored else "right_tokens"]
     mask = np.ones_like(tokens)
-    mask[1, 15:] = 0
-    tokens = np.where(mask > 0, np.maximum(tokens, 1), 0)
+    mask[1, 7:] = 0
+    pad = theirs.config.pad_token_id
+    tokens = np.where(mask > 0, np.maximum(tokens, pad + 1), pad)
     with torch.no_grad():
         given = torch.tensor(tokens).long(), torch.tensor(mask).long()
         expected = theirs(given[0], attention_mask=given[1]).logits.numpy()

@@ -10,7 +10,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_adapt import batches_of, optimizer_of
-from tiny import FIXTURES, apply_of, assert_close, logits_of, model_of, oracle_of, same_bytes
+from tiny import (
+    FIXTURES,
+    apply_of,
+    assert_close,
+    folder_of,
+    logits_of,
+    model_of,
+    oracle_of,
+    same_bytes,
+)
 
 from jax_lowrank import adapters, models, train
 from jax_lowrank.adapt import METHODS, peft_format
@@ -19,6 +28,7 @@ from jax_lowrank.models.head import Head
 from jax_lowrank.models.weights import Row
 
 ADAPTERS = FIXTURES.parent / "adapters"
+SMALL = {"rank": 2, "alpha": 4.0, "rslora": False, "dropout": 0.0}
 # case -> base fixture, and the options that its adapter_config.json stands for
 CASES = {
     "gpt2_patterns": (
@@ -76,32 +86,49 @@ CASES = {
             "dora": True,
         },
     ),
+    "bert_all_linear": ("bert_classification", {**SMALL, "targets": ".*"}),
+    "bert_masked": ("bert_masked-lm", {**SMALL, "targets": r"blocks\.(attn\.(q|out)|mlp\.down)"}),
+    "bert_features": ("bert_embedding", {**SMALL, "targets": r"blocks\.attn\.v"}),
+    "roberta_classifier": ("roberta_masked-lm", {**SMALL, "targets": r"blocks\.attn\.(k|v)"}),
+    "distilbert_classifier": (
+        "distilbert_masked-lm",
+        {**SMALL, "targets": r"blocks\.(attn\.q|mlp\.down)"},
+    ),
 }
 every_case = pytest.mark.parametrize("case", CASES)
 
 
 def loaded(case):
     """The frozen adapter of a case beside its base, and its options."""
-    found = adapters.load(ADAPTERS / case, str(FIXTURES / CASES[case][0]))
+    found = adapters.load(ADAPTERS / case, str(folder_of(CASES[case][0])))
     return found, found.options
 
 
-def answers(graphdef, states, oracle):
-    """Class logits where the oracle has a mask, else token logits."""
-    if "mask" not in oracle:
-        return logits_of(graphdef, states, oracle["tokens"])
-    return apply_of(graphdef)(*states).classify(oracle["tokens"], oracle["mask"] > 0)
+def answers(head, graphdef, states, oracle):
+    """What the model's class answers in transformers."""
+    model, mask = apply_of(graphdef)(*states), oracle.get("mask")
+    mask = None if mask is None else mask > 0
+    if head.kind == "classification":
+        return model.classify(oracle["tokens"], mask)
+    if head.kind == "embedding":
+        return model.hidden(oracle["tokens"], mask)[0]
+    return logits_of(graphdef, states, oracle["tokens"], mask)
 
 
 @every_case
 def test_logits_equal_those_of_peft(case):
     trained, options = loaded(case)
-    assert options == CASES[case][1]
+    assert set(options) == set(CASES[case][1])
+    for name, value in CASES[case][1].items():
+        assert options[name] == value or name == "targets"
     oracle = dict(np.load(ADAPTERS / case / "oracle.npz"))
-    beside = answers(trained.graphdef, (trained.trainable, trained.frozen), oracle)
-    assert_close(beside, oracle["logits"], atol=1e-5)
+    head, real = trained.base.head, oracle.get("mask", np.ones_like(oracle["tokens"])) > 0
+    real = slice(None) if head.kind == "classification" else real
+    beside = answers(head, trained.graphdef, (trained.trainable, trained.frozen), oracle)
+    assert_close(np.asarray(beside)[real], oracle["logits"][real], atol=1e-5)
     merged = trained.method.merge(trained.graphdef, trained.trainable, trained.frozen)
-    assert_close(answers(trained.base.graphdef, (merged,), oracle), oracle["logits"], atol=1e-5)
+    found = answers(head, trained.base.graphdef, (merged,), oracle)
+    assert_close(np.asarray(found)[real], oracle["logits"][real], atol=1e-5)
 
 
 def files_of(adapted, name="x/y"):
@@ -138,10 +165,21 @@ def test_what_peft_made_comes_back_bit_for_bit(case):
         "mistral_regex": ["gate_proj", "up_proj"],
         "gpt2_classifier": ["attn.c_proj"],
         "llama_dora": ["down_proj", "q_proj"],
+        "bert_all_linear": ["dense", "key", "query", "value"],
+        "bert_masked": ["output.dense", "query"],
+        "bert_features": ["value"],
+        "roberta_classifier": ["key", "value"],
+        "distilbert_classifier": ["lin2", "q_lin"],
     }
     assert again.config["target_modules"] == expected[case]
-    saved = ["score"] if case == "gpt2_classifier" else None
-    assert again.config["modules_to_save"] == saved
+    saved = {
+        "gpt2_classifier": ["score"],
+        "bert_all_linear": ["classifier"],
+        "roberta_classifier": ["classifier"],
+        "distilbert_classifier": ["classifier", "pre_classifier"],
+    }
+    assert again.config["modules_to_save"] == saved.get(case)
+    assert again.config["auto_mapping"] == original.config["auto_mapping"]
 
 
 def test_patterns_are_written_for_peft():
@@ -177,9 +215,7 @@ OURS = {
 
 def made(name, option, head=None):
     """A LoRA model of ours whose every trained array is away from its start."""
-    base = model_of(name)
-    if head is not None:
-        base = models.load(FIXTURES / name, head=head, key=jax.random.key(9))
+    base = models.load(folder_of(name), head=head, key=jax.random.key(9))
     method = METHODS["lora"](**OURS[option])
     graphdef, trainable, frozen = method.split(jax.random.key(0), base)
     keys = iter(jax.random.split(jax.random.key(1), len(jax.tree.leaves(trainable))))
@@ -189,7 +225,7 @@ def made(name, option, head=None):
 
     trainable = jax.tree.map(moved, trainable)
     return adapters.Adapted(
-        base, FIXTURES / name, method, OURS[option], graphdef, trainable, frozen
+        base, folder_of(name), method, OURS[option], graphdef, trainable, frozen
     )
 
 
@@ -420,10 +456,30 @@ def test_live_peft_loads_ours(name, option, tmp_path):
     live(tmp_path, name, option, None)
 
 
+OTHERS = ["opt", "opt_350m", "qwen2", "bert_masked-lm", "roberta_masked-lm", "bert_embedding"]
+
+
 @live_peft
-@pytest.mark.parametrize("name", ["gpt2", "llama_bias"])
+@pytest.mark.parametrize("name", [*OTHERS, "distilbert_masked-lm"])
+def test_live_peft_loads_the_other_families(name, tmp_path):
+    live(tmp_path, name, "patterns", None)
+
+
+CLASSIFIERS = ["gpt2", "llama_bias", "opt_350m", "qwen2", "mistral_full", "bert_masked-lm"]
+
+
+@live_peft
+@pytest.mark.parametrize("name", [*CLASSIFIERS, "roberta_masked-lm", "distilbert_masked-lm"])
 def test_live_peft_loads_our_classifier(name, tmp_path):
     live(tmp_path, name, "plain", Head("classification", ("a", "b", "c")))
+
+
+AUTO = {
+    "causal-lm": "AutoModelForCausalLM",
+    "classification": "AutoModelForSequenceClassification",
+    "masked-lm": "AutoModelForMaskedLM",
+    "embedding": "AutoModel",
+}
 
 
 def live(folder, name, option, head):
@@ -432,24 +488,21 @@ def live(folder, name, option, head):
     import transformers
 
     trained = made(name, option, head)
-    files = files_of(trained, str(FIXTURES / name))
+    files = files_of(trained, str(folder_of(name)))
     peft_format.write(folder, files)
-    auto, extra = "AutoModelForCausalLM", {}
-    if head:
-        auto, extra = "AutoModelForSequenceClassification", {"num_labels": len(head.labels)}
-    base = getattr(transformers, auto).from_pretrained(
-        FIXTURES / name, attn_implementation="eager", **extra
+    kind, extra = trained.base.head.kind, {"num_labels": len(head.labels)} if head else {}
+    base = getattr(transformers, AUTO[kind]).from_pretrained(
+        folder_of(name), attn_implementation="eager", **extra
     )
     theirs = peft.PeftModel.from_pretrained(base, folder).eval()
     assert adapted_modules(files.tensors) == {
         name for name, module in theirs.named_modules() if hasattr(module, "lora_A") and name
     }
-    tokens = oracle_of(name)["tokens"]
+    stored = np.load(folder_of(name) / "oracle.npz")
+    tokens = stored["tokens" if "tokens" in stored else "right_tokens"]
+    tokens = np.maximum(tokens, 2)  # no pads, of which 0 and 1 are
     with torch.no_grad():
-        expected = theirs(torch.tensor(tokens).long()).logits.numpy()
+        expected = theirs(torch.tensor(tokens).long())[0].numpy()
     states = (trained.trainable, trained.frozen)
-    if head:
-        ours = apply_of(trained.graphdef)(*states).classify(tokens)
-    else:
-        ours = logits_of(trained.graphdef, states, tokens)
+    ours = answers(trained.base.head, trained.graphdef, states, {"tokens": tokens})
     assert_close(ours, expected, atol=1e-5)

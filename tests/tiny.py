@@ -29,6 +29,12 @@ NAMES = (
 )
 
 
+def folder_of(name):
+    """A fixture's folder, of a decoder or of an encoder."""
+    encoder = name.startswith(("bert", "roberta", "distilbert"))
+    return FIXTURES.parent / "encoders" / name if encoder else FIXTURES / name
+
+
 @functools.cache
 def model_of(name):
     """The model of a fixture folder."""

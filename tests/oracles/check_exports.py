@@ -27,16 +27,22 @@ def write(folder):
 
     jax.config.update("jax_default_matmul_precision", "highest")
     from test_export import finetune_run, make_base
-    from tiny import FIXTURES, NAMES, apply_of, logits_of
+    from tiny import FIXTURES, NAMES, apply_of, folder_of, logits_of
 
     from jax_lowrank import export, models
     from jax_lowrank.models.head import Head
 
-    for name in NAMES:
-        tokens = dict(np.load(FIXTURES / name / "oracle.npz"))["tokens"]
+    encoders = [path.name for path in (FIXTURES.parent / "encoders").glob("*_masked-lm")]
+    for name in (*NAMES, *sorted(encoders)):
+        stored = np.load(folder_of(name) / "oracle.npz")
+        tokens = np.maximum(stored["tokens" if "tokens" in stored else "right_tokens"], 2)
         mask = np.ones_like(tokens)
-        mask[1, 15:], mask[2, 9:] = 0, 0
-        for kind in models.FAMILIES[_model_type(FIXTURES / name)].module.HEADS:
+        mask[1, 8:], mask[2, 5:] = 0, 0
+        config = models.weights.read_config(folder_of(name))
+        pad = config.get("pad_token_id") or 0
+        for kind in models.FAMILIES[config["model_type"]].module.HEADS:
+            if kind == "embedding":  # no run trains one
+                continue
             here = folder / f"{name}_{kind}"
             here.mkdir(parents=True)
             head = Head(kind, LABELS if kind == "classification" else ())
@@ -45,19 +51,13 @@ def write(folder):
                 export.export(run, format)
             states = (trained.trainable, trained.frozen)
             if kind == "classification":
-                ids = np.where(mask > 0, np.maximum(tokens, 1), 0)
-                logits = apply_of(trained.graphdef)(*states).classify(ids, mask > 0)
+                ids = np.where(mask > 0, tokens, pad)
+                real, logits = mask, apply_of(trained.graphdef)(*states).classify(ids, mask > 0)
             else:
-                ids, mask = tokens, np.ones_like(tokens)
+                ids, real = tokens, np.ones_like(tokens)
                 logits = logits_of(trained.graphdef, states, ids)
-            np.savez(here / "ours.npz", tokens=ids, mask=mask, logits=logits, kind=kind)
+            np.savez(here / "ours.npz", tokens=ids, mask=real, logits=logits, kind=kind)
             print(f"wrote {here}")
-
-
-def _model_type(directory):
-    import json
-
-    return json.loads((directory / "config.json").read_text())["model_type"]
 
 
 def check(folder):

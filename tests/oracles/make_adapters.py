@@ -6,7 +6,8 @@ Run after make_models.py, with torch 2.13.0 (CPU), transformers 5.23.0, peft 0.2
 
 Writes ``tests/fixtures/adapters/<case>/``: adapter_config.json and adapter_model.safetensors as
 ``save_pretrained`` writes them (the base model's path is made its fixture's name), and oracle.npz
-with `tokens`, `logits` and, for a classifier, `mask`. All factors, magnitudes and heads are random.
+with `tokens`, `logits` and, where there are pads, `mask`. All factors, magnitudes and heads are
+random.
 """
 
 import json
@@ -19,15 +20,18 @@ import numpy as np
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import (
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
 )
 
 FIXTURES = Path(__file__).resolve().parents[1] / "fixtures"
+ENCODERS = ("bert", "roberta", "distilbert")
 CLASSES = {
     "CAUSAL_LM": AutoModelForCausalLM,
     "SEQ_CLS": AutoModelForSequenceClassification,
+    "FEATURE_EXTRACTION": AutoModel,
     None: AutoModelForMaskedLM,
 }
 NUM_LABELS = 3
@@ -84,16 +88,40 @@ CASES = {
             "use_dora": True,
         },
     ),
+    # Its pooler is a linear layer outside the blocks.
+    "bert_all_linear": (
+        "bert_classification",
+        {"task_type": "SEQ_CLS", "r": 2, "lora_alpha": 4, "target_modules": "all-linear"},
+    ),
+    "bert_masked": (
+        "bert_masked-lm",
+        {"r": 2, "lora_alpha": 4, "target_modules": ["query", "output.dense"]},
+    ),
+    "bert_features": (
+        "bert_embedding",
+        {"task_type": "FEATURE_EXTRACTION", "r": 2, "lora_alpha": 4, "target_modules": ["value"]},
+    ),
+    "roberta_classifier": (
+        "roberta_masked-lm",
+        {"task_type": "SEQ_CLS", "r": 2, "lora_alpha": 4, "target_modules": ["key", "value"]},
+    ),
+    "distilbert_classifier": (
+        "distilbert_masked-lm",
+        {"task_type": "SEQ_CLS", "r": 2, "lora_alpha": 4, "target_modules": ["q_lin", "lin2"]},
+    ),
 }
+
+
+def folder_of(name):
+    """Where a base fixture is."""
+    return FIXTURES / ("encoders" if name.startswith(ENCODERS) else "models") / name
 
 
 def load_base(name, task_type):
     """The frozen model with the head of a task."""
     extra = {"num_labels": NUM_LABELS} if task_type == "SEQ_CLS" else {}
     torch.manual_seed(0)
-    return CLASSES[task_type].from_pretrained(
-        FIXTURES / "models" / name, attn_implementation="eager", **extra
-    )
+    return CLASSES[task_type].from_pretrained(folder_of(name), attn_implementation="eager", **extra)
 
 
 def randomise(model, seed):
@@ -112,8 +140,11 @@ def randomise(model, seed):
 
 
 def inputs_of(name, task_type):
-    """Tokens (3, S) of the fixture; for a classifier right padding too."""
-    tokens = np.load(FIXTURES / "models" / name / "oracle.npz")["tokens"]
+    """Tokens (3, S) of the fixture and their mask; an encoder's and a classifier's have pads."""
+    oracle = np.load(folder_of(name) / "oracle.npz")
+    if name.startswith(ENCODERS):
+        return oracle["right_tokens"], oracle["right_mask"]
+    tokens = oracle["tokens"]
     mask = np.ones_like(tokens)
     if task_type == "SEQ_CLS":
         for row, pads in enumerate((0, 5, 11)):
@@ -124,15 +155,15 @@ def inputs_of(name, task_type):
 
 @torch.no_grad()
 def logits_of(model, tokens, mask):
-    """Logits in f32."""
+    """Logits in f32, or of a body alone its last states."""
     tokens, mask = torch.tensor(tokens).long(), torch.tensor(mask).long()
-    return model(tokens, attention_mask=mask).logits.numpy()
+    return model(tokens, attention_mask=mask)[0].numpy()
 
 
 def make(case, seed):
     """Write one fixture folder."""
     name, fields = CASES[case]
-    task_type = fields["task_type"]
+    task_type = fields.get("task_type")
     base = load_base(name, task_type)
     tokens, mask = inputs_of(name, task_type)
     before = logits_of(base.eval(), tokens, mask)
@@ -160,7 +191,7 @@ def make(case, seed):
             Path(written) / "adapter_model.safetensors", folder / "adapter_model.safetensors"
         )
     arrays = {"tokens": tokens, "logits": logits}
-    if task_type == "SEQ_CLS":
+    if not mask.all():
         arrays["mask"] = mask
     np.savez_compressed(folder / "oracle.npz", **arrays)
     print(f"{case}: logits {logits.shape}, largest effect of the adapter {effect:.2f}")
