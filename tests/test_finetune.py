@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_text
+from safetensors.numpy import load_file
 from tiny_text import jsonl
 
 from jax_lowrank import cli, data, finetune, infer, train, trained
@@ -51,7 +52,7 @@ def folder(tmp_path_factory):
     return place
 
 
-METHOD = {"completion": "lora", "classification": "full", "chat": "lora"}
+METHOD = {"completion": "lora", "classification": "lora", "chat": "full"}
 
 
 def metrics_of(record, split, when="after"):
@@ -130,6 +131,9 @@ def test_classes_are_learnt(folder):
     test = metrics_of(record, "test")
     assert test["accuracy"]["value"] == 1.0 > test["accuracy of the majority class"]["value"]
     assert test["accuracy"]["n"] == 40 and test["F1 of pos"]["n"] == 20
+    trained_arrays = load_file(folder / "runs" / "classification" / "trainable.safetensors")
+    assert trained_arrays["classifier.out.kernel"].shape == (16, 2)  # beside the factors
+    assert record["trainable_parameters"] == 3072 + 16 * 2
     assert record["model"]["labels"] == ["neg", "pos"] and record["majority_class"] in (
         "neg",
         "pos",

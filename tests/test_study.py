@@ -155,8 +155,11 @@ def test_a_study_grows_without_running_again(finished, tmp_path, monkeypatch, ca
     copy = tmp_path / "copy"
     shutil.copytree(out, copy)
     old = {path.name for path in (copy / "runs").iterdir()}
-    code, _ = run(["study", config, "--out", copy, "--seeds", 1, 2, 3], monkeypatch, capsys)
+    code, text = run(["study", config, "--out", copy, "--seeds", 1, 2, 3], monkeypatch, capsys)
     assert code == 0
+    # The guards are said before training, once a method.
+    assert text.count("LoRA r=2: trains 1,536 of") == 1 and "at scale 8; trainable float32" in text
+    assert text.count("full fine-tuning: trains") == 1
     new = {path.name for path in (copy / "runs").iterdir()} - old
     records = [json.loads((copy / "runs" / n / "record.json").read_text()) for n in new]
     assert {r["seed"] for r in records} == {3} and len(new) == 2
