@@ -229,8 +229,10 @@ def made(name, option, head=None):
     )
 
 
-@pytest.mark.parametrize("option", OURS)
-@pytest.mark.parametrize("name", ["gpt2", "llama_bias"])
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [*((n, o) for n in ("gpt2", "llama_bias") for o in OURS), ("opt_350m", "rslora")],
+)
 def test_what_we_made_comes_back(name, option, tmp_path):
     trained = made(name, option)
     peft_format.write(tmp_path, files_of(trained))
@@ -450,8 +452,24 @@ live_peft = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:Fut
 
 
 @live_peft
+@pytest.mark.parametrize("name", ["gpt2", "mistral_full", "opt", "opt_350m", "opt_bare", "qwen2"])
+def test_live_all_linear_is_what_peft_takes(name):
+    pytest.importorskip("torch")
+    peft = pytest.importorskip("peft")
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(FIXTURES / name)
+    options = {"target_modules": "all-linear", "fan_in_fan_out": name == "gpt2"}
+    config = peft.LoraConfig(r=2, task_type="CAUSAL_LM", **options)
+    theirs = peft.get_peft_model(base, config).state_dict()
+    assert adapted_modules(theirs) == adapted_modules(files_of(made(name, "plain")).tensors)
+
+
+@live_peft
 @pytest.mark.parametrize("option", OURS)
-@pytest.mark.parametrize("name", ["gpt2", "llama_bias", "llama_tied", "mistral_window"])
+@pytest.mark.parametrize(
+    "name", ["gpt2", "llama_bias", "llama_tied", "mistral_window", "opt", "opt_350m", "qwen2"]
+)
 def test_live_peft_loads_ours(name, option, tmp_path):
     live(tmp_path, name, option, None)
 
