@@ -2,10 +2,11 @@
 
     python experiments/benchmarks/finetune.py --torch-python .venv-bench/bin/python
 
-`make bench` runs it. The same small models, batches and steps in both, one process a setting, in
-turns on an otherwise idle machine (about 25 minutes on 2 cores). Peers: transformers + PEFT, eager
-as it is used by default, and compiled with huge pages (which we use too), its strongest form; both
-as installed ('stock') and, on AMD processors, with MKL's fast path unlocked. Writes
+`make bench` runs it. The same small models, batches and steps in both, one process a setting; the
+processes of a cell take turns of 4 steps, so that a machine whose speed drifts slows all of them
+(about 25 minutes on 2 otherwise idle cores). Peers: transformers + PEFT, eager and compiled,
+without and with huge pages (which we use too), as installed ('stock') and, on AMD processors, with
+MKL's fast path unlocked. Writes
 results/finetune-<processor>.json beside this file and prints the table; `--table FILE` prints the
 table of an earlier run.
 """
@@ -26,90 +27,134 @@ from statistics import median
 import peer_env
 
 HERE = Path(__file__).parent
-OURS = HERE / "ours.py"
+OURS, PEER = HERE / "ours.py", HERE / "peer_torch.py"
 
 
-def run_ours(*arguments: str) -> dict:
-    """One process of ours.py."""
-    environment = {**os.environ, "GLIBC_TUNABLES": peer_env.HUGE_PAGES}
-    done = subprocess.run(
-        [sys.executable, str(OURS), *arguments], env=environment, capture_output=True, text=True
-    )
-    if done.returncode:
-        raise RuntimeError(f"ours.py {' '.join(arguments)} failed:\n{done.stderr[-2000:]}")
-    return json.loads(done.stdout.strip().splitlines()[-1])
+class Worker:
+    """A process that measures one setting, a turn at a time."""
+
+    def __init__(self, name: str, command: list[str], environment: dict):
+        self.name = name
+        self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 (as long as the process)
+        self.process = subprocess.Popen(
+            command,
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.errors,
+            text=True,
+        )
+
+    def wait(self) -> str:
+        """The next line that it prints; blocks until then."""
+        line = self.process.stdout.readline()
+        if not line:
+            self.errors.seek(0)
+            raise RuntimeError(f"{self.name} failed:\n{self.errors.read()[-2000:]}")
+        return line
+
+    def turn(self) -> None:
+        """Let it measure one turn."""
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+
+    def result(self) -> dict:
+        """What it reports at the end."""
+        return {"name": self.name, **json.loads(self.wait())}
 
 
-def peers(threads: int, folder: Path) -> dict[str, tuple[list[str], dict]]:
-    """Name -> (extra arguments, environment) of every PyTorch setting on this processor."""
+def run_alone(command: list[str], environment: dict) -> dict:
+    """The report of a process that measures by itself."""
+    worker = Worker(command[1], command, environment)
+    worker.process.stdin.close()
+    *_, last = worker.process.stdout.read().splitlines() or [""]
+    if worker.process.wait():
+        worker.wait()  # raises with what it said
+    return json.loads(last)
+
+
+def in_turns(settings: dict[str, tuple[list[str], dict]], turns: int) -> list[dict]:
+    """Reports of all settings, which worked alternately: what the machine does to one of them, it
+    does to its neighbours as well, so that ratios within a round hold where speeds drift."""
+    workers = []
+    for name, (command, environment) in settings.items():
+        command = [*command, "--paced", "--turns", str(turns)]
+        workers.append(Worker(name, command, environment))
+        workers[-1].wait()  # ready: compiled, and now idle
+    for turn in range(turns):
+        # Every second round backwards: no setting always follows the same one.
+        for worker in workers if turn % 2 == 0 else reversed(workers):
+            worker.turn()
+            if turn + 1 < turns:
+                worker.wait()  # ready again
+            else:
+                worker.last = worker.result()
+    for worker in workers:
+        worker.process.wait()
+    return [worker.last for worker in workers]
+
+
+def settings_of(options, folder: Path) -> dict[str, tuple[list[str], dict]]:
+    """Name -> (command, environment) of every training setting on this processor."""
+    ours = ([sys.executable, str(OURS)], {**os.environ, "GLIBC_TUNABLES": peer_env.HUGE_PAGES})
+    out = {"jax_lowrank": ours, "jax_lowrank, remat": ([*ours[0], "--remat"], ours[1])}
+    peer = [options.torch_python, str(PEER)]
     libraries = {"stock": None}
     if "AMD" in peer_env.cpu_vendor():
         libraries["unlocked"] = peer_env.build_unlock(folder)
-    out = {}
     for library, unlock in libraries.items():
-        plain = peer_env.peer_environment(threads, unlock)
-        out[f"{library}, eager"] = (["--no-compile"], plain)
-        fast = peer_env.peer_environment(threads, unlock, True, folder / f"{library}-huge")
-        out[f"{library}, compiled, huge pages"] = (["--compile"], fast)
+        plain = peer_env.peer_environment(options.threads, unlock, False, folder / library)
+        huge = peer_env.peer_environment(options.threads, unlock, True, folder / library)
+        out[f"{library}, eager"] = ([*peer, "--no-compile"], plain)
+        out[f"{library}, eager, huge pages"] = ([*peer, "--no-compile"], huge)
+        out[f"{library}, compiled"] = ([*peer, "--compile"], plain)
+        out[f"{library}, compiled, huge pages"] = ([*peer, "--compile"], huge)
     return out
 
 
 def measure(options, say) -> dict:
-    """Every setting, in turns; `rounds` processes each."""
-    out = {"rounds": options.rounds, "cpu": peer_env.cpu_vendor(), "train": [], "generate": []}
+    """Every cell: its settings in turns."""
+    out = {"turns": options.turns, "cpu": peer_env.cpu_vendor(), "train": [], "generate": []}
     with tempfile.TemporaryDirectory() as folder:
-        settings = peers(options.threads, Path(folder))
-        first = next(iter(settings.values()))[1]
+        settings = settings_of(options, Path(folder))
+        ours, peer = settings["jax_lowrank"], settings["stock, eager"]
         out["matmul"] = {
-            "jax": run_ours("--task", "matmul"),
-            "torch": peer_env.run_peer(options.torch_python, ["--task", "matmul"], first),
+            name: run_alone([*command, "--task", "matmul"], environment)
+            for name, (command, environment) in (("jax", ours), ("torch", peer))
         }
-        steps = ["--steps", str(options.steps)]
         for shape in options.shapes:
             for method in options.methods:
-                cell = ["--shape", shape, "--method", method, *steps]
-                for turn in range(options.rounds):
-                    for remat in ([], ["--remat"]):
-                        row = run_ours(*cell, *remat)
-                        name = "jax_lowrank, remat" if remat else "jax_lowrank"
-                        out["train"].append({"name": name, "round": turn, **row})
-                        say(out["train"][-1])
-                    for name, (extra, environment) in settings.items():
-                        row = peer_env.run_peer(options.torch_python, [*cell, *extra], environment)
-                        out["train"].append({"name": name, "round": turn, **row})
-                        say(out["train"][-1])
-                out.setdefault("profile", {})[f"{shape} {method}"] = run_ours(
-                    "--task", "profile", *cell
+                cell = ["--shape", shape, "--method", method]
+                rows = in_turns(
+                    {name: ([*c, *cell], env) for name, (c, env) in settings.items()},
+                    options.turns,
                 )
-        ours = [run_ours("--task", "generate", "--method", m, *steps) for m in ("full", "lora")]
-        out["generate"] = {
-            "jax_lowrank": ours,
-            **{
-                name: peer_env.run_peer(
-                    options.torch_python, ["--task", "generate", *steps, "--no-compile"], env
-                )
-                for name, (extra, env) in settings.items()
-                if "--no-compile" in extra
-            },
-        }
+                out["train"] += rows
+                say(f"{shape}, {method}", rows)
+                command, environment = ours
+                profile = run_alone([*command, *cell, "--task", "profile"], environment)
+                out.setdefault("profile", {})[f"{shape} {method}"] = profile
+        for method in options.methods:
+            cell = ["--task", "generate", "--method", method]
+            sampling = {"jax_lowrank": ([*ours[0], *cell], ours[1])}
+            for name, (command, environment) in settings.items():
+                if "jax_lowrank" not in name and "huge" in name:
+                    caches = ["static"] if "compiled" in name else ["dynamic", "static"]
+                    for cache in caches:
+                        arguments = [*command, *cell, "--cache", cache]
+                        sampling[f"{name}, {cache} cache"] = (arguments, environment)
+            rows = in_turns(sampling, options.turns)
+            out["generate"] += rows
+            say(f"sampling, {method}", rows)
     return out
 
 
-def pooled(rows: list[dict], shape: str, method: str) -> dict[str, dict]:
-    """Name -> median step time over all rounds' steps, peak memory, start-up."""
-    out = {}
-    for name in dict.fromkeys(row["name"] for row in rows):
-        chosen = [r for r in rows if (r["name"], r["shape"], r["method"]) == (name, shape, method)]
-        if chosen:
-            seconds = median(s for r in chosen for s in r["step_seconds"])
-            start = chosen[0].get("compile_seconds", chosen[0].get("first_step_seconds"))
-            out[name] = {
-                "seconds": seconds,
-                "tokens_per_second": 2048 / seconds,
-                "peak_mb": max(r["peak_mb"] for r in chosen),
-                "start_seconds": start,
-            }
-    return out
+def ratio(rows: list[dict], name: str) -> tuple[float, float, float]:
+    """How many times as fast jax_lowrank is as `name`: median over the turns' ratios, smallest,
+    largest."""
+    mine, theirs = (next(r for r in rows if r["name"] == n) for n in ("jax_lowrank", name))
+    ratios = [b / a for a, b in zip(mine["seconds"], theirs["seconds"])]
+    return median(ratios), min(ratios), max(ratios)
 
 
 def flops_per_step(shape: str, method: str) -> float:
@@ -129,45 +174,50 @@ def flops_per_step(shape: str, method: str) -> float:
     return 2 * per_pass + 3 * (attention + adapters)
 
 
+def lines_of(rows: list[dict], share) -> list[str]:
+    """Table lines of one cell; `share` gives the last column from a row."""
+    lines = []
+    for row in rows:
+        against = ""
+        if not row["name"].startswith("jax_lowrank"):
+            middle, low, high = ratio(rows, row["name"])
+            against = f"{middle:.2f} × ({low:.2f} to {high:.2f})"
+        memory = row["peak_mb"] / rows[0]["peak_mb"]
+        lines.append(
+            f"| {row['name']} | {row['tokens'] / row['seconds_median']:,.0f} | {against}"
+            f" | {row['peak_mb']:,.0f} ({1 / memory:.2f} ×) | {share(row)}"
+            f" | {row['first_call_seconds']:.1f} |"
+        )
+    return lines
+
+
+HEADER = [
+    "| setting | tokens/s | jax_lowrank is | peak MB (jax_lowrank uses) | of peak | first call s |",
+    "|---|--:|--:|--:|--:|--:|",
+]
+
+
 def table(result: dict) -> str:
-    """The README's table: tokens/s, ratios, memory, and the share of the matrix-product peak."""
+    """The README's tables: tokens/s, ratios, memory, and the share of the matrix-product peak."""
     peak = max(result["matmul"]["jax"]["gflops"].values())
     peak = max(peak, *(row["gflops"] for row in result["matmul"]["torch"]["rows"]))
     lines = [
-        f"{result['cpu']}, {result['date']}; {result['rounds']} rounds; f32 matrix-product peak"
-        f" {peak:.0f} GFLOP/s",
-        "",
-        "| shape, method | setting | tokens/s | jax_lowrank is | peak MB | of peak | start s |",
-        "|---|---|--:|--:|--:|--:|--:|",
+        f"{result['cpu']}, {result['date']}; {result['turns']} turns; f32 matrix-product peak"
+        f" {peak:.0f} GFLOP/s. Ratios: median over turns (smallest to largest)."
     ]
-    cells = dict.fromkeys((row["shape"], row["method"]) for row in result["train"])
-    for shape, method in cells:
-        rows = pooled(result["train"], shape, method)
-        mine = rows["jax_lowrank"]["tokens_per_second"]
-        for name, row in rows.items():
-            rate = flops_per_step(shape, method) / row["seconds"] / 1e9
-            ratio = f"{mine / row['tokens_per_second']:.2f} ×" if "jax" not in name else ""
-            lines.append(
-                f"| {shape}, {method} | {name} | {row['tokens_per_second']:,.0f} | {ratio}"
-                f" | {row['peak_mb']:,.0f} | {rate / peak:.0%} | {row['start_seconds']:.1f} |"
-            )
-    lines += [
-        "",
-        "| sampling (32 rows, 16 + 32 tokens) | tokens/s | jax_lowrank is |",
-        "|---|--:|--:|",
-    ]
-    ours = {r["method"]: r["tokens_per_second"] for r in result["generate"]["jax_lowrank"]}
-    for adapter, kind in ((False, "full"), (True, "lora")):
-        label = "with adapter" if adapter else "plain"
-        lines.append(f"| jax_lowrank, {label} | {ours[kind]:,.0f} | |")
-        for name, peer in result["generate"].items():
-            for row in peer["rows"] if name != "jax_lowrank" else ():
-                if row["lora"] == adapter:
-                    speed = row["tokens_per_second"]
-                    lines.append(
-                        f"| {name.split(',')[0]} PyTorch, {label}, {row['cache']} cache"
-                        f" | {speed:,.0f} | {ours[kind] / speed:.2f} × |"
-                    )
+    for shape, method in dict.fromkeys((row["shape"], row["method"]) for row in result["train"]):
+        rows = [r for r in result["train"] if (r["shape"], r["method"]) == (shape, method)]
+        flops = flops_per_step(shape, method)
+
+        def share(row, flops=flops):
+            return f"{flops / row['seconds_median'] / 1e9 / peak:.0%}"
+
+        lines += ["", f"**Training, {shape}, {method}**", "", *HEADER, *lines_of(rows, share)]
+    for method in dict.fromkeys(row["method"] for row in result["generate"]):
+        rows = [r for r in result["generate"] if r["method"] == method]
+        label = "with adapter" if method == "lora" else "plain"
+        lines += ["", f"**Sampling, gpt2, {label}, 32 rows, 16 + 32 tokens**", ""]
+        lines += [*HEADER, *lines_of(rows, lambda row: "")]
     return "\n".join(lines)
 
 
@@ -177,8 +227,7 @@ def main() -> None:
     parser.add_argument("--torch-python", default=sys.executable)
     parser.add_argument("--shapes", nargs="+", default=["gpt2", "llama"])
     parser.add_argument("--methods", nargs="+", default=["lora", "full"])
-    parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--turns", type=int, default=8)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--table", type=Path, help="print the table of this result file")
     options = parser.parse_args()
@@ -186,9 +235,8 @@ def main() -> None:
         print(table(json.loads(options.table.read_text())))
         return
 
-    def say(row):
-        speed = f"{row['tokens_per_second']:,.0f} tokens/s, {row['peak_mb']:,.0f} MB"
-        print(f"{row['shape']} {row['method']} {row['name']}: {speed}", flush=True)
+    def say(cell, rows):
+        print(f"{cell}\n" + "\n".join(lines_of(rows, lambda row: "")), flush=True)
 
     result = {"date": datetime.date.today().isoformat(), **measure(options, say)}
     machine = re.sub(r"[^a-z0-9]+", "-", result["cpu"].lower()).strip("-")

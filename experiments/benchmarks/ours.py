@@ -2,7 +2,7 @@
 
     python experiments/benchmarks/ours.py --shape gpt2 --method lora
 
-The same shapes, batches and amount of work as peer_torch.py; see there for what is left out.
+The same shapes, batches, amount of work and pacing as peer_torch.py; see there.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import argparse
 import gzip
 import json
 import resource
+import sys
 import tempfile
 import time
 from collections import Counter
@@ -27,6 +28,7 @@ from jax_lowrank.adapt.method import bind, count
 from jax_lowrank.data import Batch
 
 VOCAB, LENGTH, BATCH = 8192, 128, 16
+STEPS_PER_TURN = 4
 SHAPES = {
     "gpt2": (
         "gpt2",
@@ -58,13 +60,13 @@ def peak_mb() -> float:
 
 
 def prepared(options):
-    """call(state) -> state and losses: one compiled call of `steps_per_call` steps; first state."""
+    """call(state) -> state and losses: one compiled call of STEPS_PER_TURN steps; first state."""
     family, config = SHAPES[options.shape]
     model = models.create(family, config, jax.random.key(0))
     method = METHODS[options.method](**METHOD_OPTIONS[options.method])
     graphdef, trainable, frozen = method.split(jax.random.key(1), model)
     optimizer = train.make_optimizer(trainable, method, weight_decay=0.1, clip=1.0)
-    per_call, rng = options.steps_per_call, np.random.default_rng(0)
+    per_call, rng = STEPS_PER_TURN, np.random.default_rng(0)
     weights = np.ones((per_call, BATCH, LENGTH), np.float32)
     weights[:, :, 0] = 0
     apply = bind(graphdef, remat=options.remat)
@@ -88,25 +90,44 @@ def prepared(options):
     return call, (trainable, optimizer.init(trainable))
 
 
+def measure(work, options, steps: int) -> dict:
+    """Seconds per step of every turn, a call of `work` that makes `steps`; the first is apart."""
+    warm = []
+    for _ in range(2):
+        began = time.perf_counter()
+        work()
+        warm.append(time.perf_counter() - began)
+    turns = []
+    for _ in range(options.turns):
+        if options.paced:
+            print("ready", flush=True)
+            sys.stdin.readline()
+        began = time.perf_counter()
+        work()
+        turns.append((time.perf_counter() - began) / steps)
+    return {
+        "seconds": turns,
+        "seconds_min": min(turns),
+        "seconds_median": median(turns),
+        "first_call_seconds": warm[0],
+    }
+
+
 def training(options) -> dict:
     """Seconds per optimizer step, measured over whole compiled calls."""
     call, state = prepared(options)
-    num_trainable, per_call = count(state[0]), options.steps_per_call
-    seconds, losses = [], []
-    for _ in range(1 + options.steps // per_call):
-        began = time.perf_counter()
+    num_trainable, losses = count(state[0]), []
+
+    def work():
+        nonlocal state
         state, step_losses = call(state)
-        losses += step_losses
-        seconds.append((time.perf_counter() - began) / per_call)
-    measured = seconds[1:]
+        losses.extend(step_losses)
+
     return {
-        "step_seconds": measured,
-        "step_seconds_min": min(measured),
-        "step_seconds_median": median(measured),
-        "tokens_per_second": BATCH * LENGTH / median(measured),
-        "compile_seconds": (seconds[0] - median(measured)) * per_call,
+        **measure(work, options, STEPS_PER_TURN),
+        "tokens": BATCH * LENGTH,
         "trainable_parameters": num_trainable,
-        "final_losses": losses[-3:],
+        "losses": losses,
     }
 
 
@@ -135,8 +156,8 @@ def profile(options) -> dict:
         name = event.get("args", {}).get("hlo_op")
         if event.get("ph") == "X" and name:
             kind = next((k for k, words in KINDS if name.startswith(words)), "elementwise and sums")
-            totals[kind] += event["dur"] / 1e3 / options.steps_per_call
-            largest[name] += event["dur"] / 1e3 / options.steps_per_call
+            totals[kind] += event["dur"] / 1e3 / STEPS_PER_TURN
+            largest[name] += event["dur"] / 1e3 / STEPS_PER_TURN
     del totals["containers"]
     whole = sum(totals.values())
     shares = {kind: value / whole for kind, value in totals.most_common()}
@@ -144,35 +165,29 @@ def profile(options) -> dict:
 
 
 def generating(options) -> dict:
-    """Tokens per second of plain sampling: prompt 16, 32 new tokens."""
+    """Seconds of one call that samples: prompt 16, 32 new tokens, nothing filtered."""
     family, config = SHAPES[options.shape]
     model = models.create(family, config, jax.random.key(0))
     method = METHODS[options.method](**METHOD_OPTIONS[options.method])
     graphdef, trainable, frozen = method.split(jax.random.key(1), model)
     apply = bind(graphdef)
     tokens = np.random.default_rng(0).integers(0, VOCAB, (options.batch, 16)).astype(np.int32)
-    seconds = []
-    for turn in range(options.steps + 1):
-        began = time.perf_counter()
+    turn = iter(range(10**6))
+
+    def work():
         infer.generate(
             apply,
             (trainable, frozen),
             tokens,
             np.ones_like(tokens, bool),
-            jax.random.split(jax.random.key(turn), options.batch),
+            jax.random.split(jax.random.key(next(turn)), options.batch),
             max_new_tokens=32,
             sampling=infer.Sampling(1.0),
             eos_id=None,
             pad_id=0,
         ).block_until_ready()
-        seconds.append(time.perf_counter() - began)
-    return {
-        "call_seconds": seconds[1:],
-        "call_seconds_median": median(seconds[1:]),
-        "tokens_per_second": options.batch * 32 / median(seconds[1:]),
-        "tokens_per_second_best": options.batch * 32 / min(seconds[1:]),
-        "first_call_seconds": seconds[0],
-    }
+
+    return {**measure(work, options, 1), "tokens": options.batch * 32}
 
 
 def matmul(options) -> dict:
@@ -182,7 +197,7 @@ def matmul(options) -> dict:
         a, b = (jax.random.normal(jax.random.key(0), s) for s in ((m, k), (k, n)))
         product(a, b).block_until_ready()
         times = []
-        for _ in range(options.steps):
+        for _ in range(options.turns):
             began = time.perf_counter()
             product(a, b).block_until_ready()
             times.append(time.perf_counter() - began)
@@ -199,8 +214,8 @@ def main() -> None:
     parser.add_argument("--task", choices=TASKS, default="train")
     parser.add_argument("--shape", choices=SHAPES, default="gpt2")
     parser.add_argument("--method", choices=METHOD_OPTIONS, default="lora")
-    parser.add_argument("--steps", type=int, default=16)
-    parser.add_argument("--steps-per-call", type=int, default=4)
+    parser.add_argument("--turns", type=int, default=6)
+    parser.add_argument("--paced", action="store_true")
     parser.add_argument("--remat", action="store_true")
     parser.add_argument("--batch", type=int, default=32)
     options = parser.parse_args()

@@ -1,4 +1,4 @@
-"""Run the PyTorch side of a benchmark in a fair environment. Imports no torch.
+"""Environments in which the PyTorch side of a benchmark is compared fairly. Imports no torch.
 
 On an AMD processor MKL takes its AVX2 path unless a function it asks, `mkl_serv_intel_cpu_true`,
 answers 1; PyTorch's f32 products then run about twice as fast. Both environments are worth
@@ -6,7 +6,6 @@ reporting: 'stock' is what a user has, 'unlocked' what PyTorch can do. On an Int
 two are the same.
 """
 
-import json
 import os
 import subprocess
 from pathlib import Path
@@ -72,23 +71,3 @@ def peer_environment(
     if compile_cache is not None:
         environment["TORCHINDUCTOR_CACHE_DIR"] = str(compile_cache)
     return environment
-
-
-def run_peer(
-    python: str, arguments: list[str], environment: dict[str, str], seconds: float = 900.0
-) -> dict:
-    """Run peer_torch.py with another interpreter and read its JSON object.
-
-    Raises RuntimeError with the end of its error output when it fails, and
-    subprocess.TimeoutExpired past `seconds`.
-    """
-    done = subprocess.run(
-        [python, str(PEER), *arguments],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=seconds,
-    )
-    if done.returncode != 0:
-        raise RuntimeError(f"{PEER.name} {' '.join(arguments)} failed:\n{done.stderr[-2000:]}")
-    return json.loads(done.stdout.strip().splitlines()[-1])

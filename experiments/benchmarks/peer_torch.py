@@ -4,9 +4,12 @@ A stand-alone script (it needs torch, transformers, peft and numpy, nothing of t
 run by another interpreter through peer_env.run_peer. Prints one JSON object as the last line of
 its standard output. Models have random weights; nothing is downloaded.
 
-    python peer_torch.py --task train --shape gpt2 --method lora --compile --steps 12 --warmup 3
-    python peer_torch.py --task generate --steps 5
+    python peer_torch.py --task train --shape gpt2 --method lora --compile --turns 6 --warmup 3
+    python peer_torch.py --task generate --method lora --cache static --turns 5
     python peer_torch.py --task matmul
+
+With --paced it waits for a line on standard input before every measured turn and prints the turn's
+seconds, so that finetune.py can let several settings work in turns.
 """
 
 import argparse
@@ -16,6 +19,7 @@ import platform
 import re
 import resource
 import statistics
+import sys
 import time
 from pathlib import Path
 
@@ -38,6 +42,7 @@ BATCH, SEQUENCE = 16, 128
 RANK, ALPHA = 8, 16
 LEARNING_RATE, DECAY, CLIP = 1e-3, 0.1, 1.0
 GENERATE_BATCH, PROMPT, NEW_TOKENS = 32, 16, 32
+STEPS_PER_TURN = 4  # of training; one compiled call on our side
 PRODUCTS = ((2048, 384, 1536), (2048, 2048, 2048))
 MIB = 2**20
 
@@ -196,8 +201,35 @@ def train_step(model, optimizer, trainable, ids):
     return loss.item()
 
 
+def measure(work, options, steps):
+    """Seconds per step of every turn, each of `steps` calls of `work`; the first call's are apart.
+
+    `warmup` calls come before; the first one compiles.
+    """
+    warm = []
+    for _ in range(max(options.warmup, 1)):
+        start = time.perf_counter()
+        work()
+        warm.append(time.perf_counter() - start)
+    turns = []
+    for _ in range(options.turns):
+        if options.paced:
+            print("ready", flush=True)
+            sys.stdin.readline()
+        start = time.perf_counter()
+        for _ in range(steps):
+            work()
+        turns.append((time.perf_counter() - start) / steps)
+    return {
+        "seconds": turns,
+        "seconds_min": min(turns),
+        "seconds_median": statistics.median(turns),
+        "first_call_seconds": warm[0],
+    }
+
+
 def train(options):
-    """Seconds of every training step. The batches are default_rng(0).integers(0, V, (16, 128)).
+    """Seconds of a training step. The batches are default_rng(0).integers(0, V, (16, 128)).
 
     One draw per step, warm-up steps first; labels are the tokens themselves (shifted by the causal
     models, at every position for BERT).
@@ -213,13 +245,13 @@ def train(options):
     total = sum(value.numel() for value in model.parameters())
     stepped = torch.compile(model, dynamic=False) if options.compile else model
     rng = np.random.default_rng(0)
-    seconds, losses = [], []
-    for _ in range(options.warmup + options.steps):
+    losses = []
+
+    def work():
         batch = rng.integers(0, VOCABULARY, (BATCH, SEQUENCE))
-        start = time.perf_counter()
         losses.append(train_step(stepped, optimizer, trainable, torch.from_numpy(batch)))
-        seconds.append(time.perf_counter() - start)
-    measured = seconds[options.warmup :]
+
+    timed = measure(work, options, STEPS_PER_TURN)
     return {
         "method": options.method,
         "batch": BATCH,
@@ -234,14 +266,10 @@ def train(options):
         "weight_decay": DECAY,
         "clip_norm": CLIP,
         "lora": {"r": RANK, "alpha": ALPHA} if options.method == "lora" else None,
-        "step_seconds": measured,
-        "step_seconds_min": min(measured),
-        "step_seconds_median": statistics.median(measured),
-        "tokens_per_second": BATCH * SEQUENCE / statistics.median(measured),
-        "first_step_seconds": seconds[0],
+        **timed,
+        "tokens": BATCH * SEQUENCE,
         "rss_before_model_mb": before,
         "losses": losses,
-        "final_loss": losses[-1],
     }
 
 
@@ -269,68 +297,45 @@ def generate_options(cache, compiled):
 
 
 @torch.no_grad()
-def generate_row(model, prompt, cache, compiled, options):
-    """Timings of one way of generating; the first call is apart."""
-    chosen = generate_options(cache, compiled)
-    # Code compiled for another row would count against this row's limit of recompilations.
-    torch.compiler.reset()
-    mask = torch.ones_like(prompt)
-    seconds = []
-    for _ in range(max(options.warmup, 1) + options.steps):
-        start = time.perf_counter()
-        output = model.generate(input_ids=prompt, attention_mask=mask, **chosen)
-        seconds.append(time.perf_counter() - start)
-        assert output.shape == (prompt.shape[0], PROMPT + NEW_TOKENS), output.shape
-    measured = seconds[max(options.warmup, 1) :]
-    tokens = prompt.shape[0] * NEW_TOKENS
-    return {
-        "cache": cache,
-        "compiled": compiled,
-        "first_call_seconds": seconds[0],
-        "call_seconds": measured,
-        "call_seconds_min": min(measured),
-        "call_seconds_median": statistics.median(measured),
-        "tokens_per_second": tokens / statistics.median(measured),
-        "tokens_per_second_best": tokens / min(measured),
-    }
-
-
 def generate(options):
-    """Generation with the dynamic and the static cache, without and with an unmerged adapter."""
+    """Seconds of one call of `generate`: plain sampling after a prompt of random tokens."""
     before = resident_mb()
     torch.manual_seed(0)
     prompt = np.random.default_rng(0).integers(0, VOCABULARY, (options.batch, PROMPT))
     prompt = torch.from_numpy(prompt)
-    kinds = [("dynamic", False), ("static", False)]
-    if options.compile:
-        kinds.append(("static", True))
-    rows = []
-    for adapter in (False, True):
-        model = SHAPES[options.shape]().eval()
-        if adapter:
-            model = with_lora(model, options.shape).eval()
-        for cache, compiled in kinds:
-            row = generate_row(model, prompt, cache, compiled, options)
-            rows.append({"lora": adapter, **row})
+    model = SHAPES[options.shape]().eval()
+    if options.method == "lora":
+        model = with_lora(model, options.shape).eval()
+    chosen = generate_options(options.cache, options.compile)
+    mask = torch.ones_like(prompt)
+
+    def work():
+        output = model.generate(input_ids=prompt, attention_mask=mask, **chosen)
+        assert output.shape == (prompt.shape[0], PROMPT + NEW_TOKENS), output.shape
+
+    timed = measure(work, options, 1)
     return {
+        "method": options.method,
+        "cache": options.cache,
         "batch": options.batch,
         "prompt": PROMPT,
         "new_tokens": NEW_TOKENS,
         "sampling": "temperature 1, no top_k, no top_p, no end of sequence",
-        "rows": rows,
+        **timed,
+        "tokens": options.batch * NEW_TOKENS,
         "rss_before_model_mb": before,
     }
 
 
 def matmul(options):
-    """Best GFLOP/s of f32 products over `steps` rounds of at least 0.1 s each."""
+    """Best GFLOP/s of f32 products over `turns` rounds of at least 0.1 s each."""
     rows = []
     for m, k, n in PRODUCTS:
         left, right = torch.randn(m, k), torch.randn(k, n)
         out = torch.empty(m, n)
         torch.mm(left, right, out=out)
         best = float("inf")
-        for _ in range(max(options.steps, 1)):
+        for _ in range(options.turns):
             count, start = 0, time.perf_counter()
             while time.perf_counter() - start < 0.1:
                 torch.mm(left, right, out=out)
@@ -350,13 +355,15 @@ def parse():
     parser.add_argument("--method", choices=("full", "lora"), default="full")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False)
     parser.add_argument("--optimizer", choices=("fused", "foreach"), default="fused")
-    parser.add_argument("--steps", type=int, default=12, help="measured steps, calls or rounds")
+    parser.add_argument("--cache", choices=("dynamic", "static"), default="dynamic")
+    parser.add_argument("--turns", type=int, default=6, help="measured turns")
     parser.add_argument("--warmup", type=int, default=3, help="steps or calls not measured")
+    parser.add_argument("--paced", action="store_true", help="wait for a line before every turn")
     parser.add_argument("--batch", type=int, default=GENERATE_BATCH, help="rows generated at once")
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
-    if options.steps < 1 or options.warmup < 0:
-        parser.error("--steps must be at least 1 and --warmup at least 0")
+    if options.turns < 1 or options.warmup < 0:
+        parser.error("--turns must be at least 1 and --warmup at least 0")
     if options.task == "generate" and options.shape == "bert":
         parser.error("--task generate needs --shape gpt2 or llama")
     return options
