@@ -10,8 +10,17 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 Array = jax.Array
+
+KEPT = "kept"  # name of the arrays that the backward pass finds again, see `layers.scan_layers`
+
+
+def keep(x: Array) -> Array:
+    """x, kept for the backward pass"""
+    return checkpoint_name(x, KEPT)
+
 
 
 class Rule(NamedTuple):
@@ -206,7 +215,8 @@ def _mix(q, k, v, allowed, blocks):
 
 def _mix_fwd(q, k, v, allowed, blocks):
     q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
-    q = q * jnp.asarray(q.shape[-1] ** -0.5, q.dtype)
+    q = keep(q * jnp.asarray(q.shape[-1] ** -0.5, q.dtype))
+    k, v = keep(k), keep(v)
     outs, kept = [], []
     for start, stop, keys in blocks:
         scores = jnp.einsum(
@@ -220,7 +230,9 @@ def _mix_fwd(q, k, v, allowed, blocks):
         weights = (weights / weights.sum(-1, keepdims=True)).astype(q.dtype)
         outs.append(jnp.einsum("bhst,bhtn->bhsn", weights, v[:, :, :keys]))
         kept.append(weights)
-    return jnp.concatenate(outs, axis=2).swapaxes(1, 2), (q, k, v, kept)
+    kept = [keep(weights) for weights in kept]
+    mixed = keep(jnp.concatenate(outs, axis=2).swapaxes(1, 2))
+    return mixed, (q, k, v, kept)
 
 
 def _mix_bwd(blocks, residuals, g):

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jax_lowrank.models.attention import Cache, Context
+from jax_lowrank.models.attention import KEPT, Cache, Context, keep
 
 Array = jax.Array
 
@@ -34,7 +34,7 @@ def low_rank(x: Array, a: Array, b: Array) -> Array:
 
 
 def _low_rank_fwd(x, a, b):
-    u = x @ a
+    u = keep(x @ a)
     return u @ b, (x, a, b, u)
 
 
@@ -236,6 +236,8 @@ def _layer_norm_fwd(x, scale, bias, eps):
     x32 = x.astype(jnp.float32)
     mean = x32.mean(-1, keepdims=True)
     rstd = jax.lax.rsqrt(jnp.square(x32 - mean).mean(-1, keepdims=True) + eps)
+    x, mean, rstd = keep(x), keep(mean), keep(rstd)
+    x32 = x.astype(jnp.float32)
     lift = (1,) * (x.ndim - 1)
     y = (x32 - mean) * rstd * scale.astype(jnp.float32).reshape(*lift, -1)
     y = y + bias.astype(jnp.float32).reshape(*lift, -1)
@@ -263,8 +265,9 @@ def rms_norm(x: Array, scale: Array, eps: float) -> Array:
 
 def _rms_norm_fwd(x, scale, eps):
     x32 = x.astype(jnp.float32)
-    rstd = jax.lax.rsqrt(jnp.square(x32).mean(-1, keepdims=True) + eps)
-    normed = (x32 * rstd).astype(x.dtype)
+    rstd = keep(jax.lax.rsqrt(jnp.square(x32).mean(-1, keepdims=True) + eps))
+    x = keep(x)
+    normed = (x.astype(jnp.float32) * rstd).astype(x.dtype)
     return normed * scale.astype(x.dtype).reshape(*(1,) * (x.ndim - 1), -1), (x, scale, rstd)
 
 
@@ -317,7 +320,11 @@ def from_input(function: Callable) -> Callable:
     def wrapped(*xs):
         return function(*xs)
 
-    wrapped.defvjp(lambda *xs: (function(*xs), xs), lambda xs, g: jax.vjp(function, *xs)[1](g))
+    def forward(*xs):
+        xs = tuple(map(keep, xs))
+        return function(*xs), xs
+
+    wrapped.defvjp(forward, lambda xs, g: jax.vjp(function, *xs)[1](g))
     return wrapped
 
 
@@ -353,7 +360,10 @@ def scan_layers(
         return (y, kv), x
 
     kv = None if cache is None else (cache.keys, cache.values)
-    step = jax.checkpoint(step, prevent_cse=False) if remat else step
+    # Kept for the backward pass: what the products gave. Norms and activations are computed again,
+    # which is faster on CPU than storing and fetching them. With `remat` the blocks' inputs alone.
+    policy = None if remat else jax.checkpoint_policies.save_only_these_names(KEPT)
+    step = jax.checkpoint(step, prevent_cse=False, policy=policy)
     layers = jnp.arange(num_layers, dtype=jnp.int32)
     # One token at a time on CPU, the loop's copy of each layer's weights would cost as much as the
     # products; unrolled, the compiler lifts it out of the loop over tokens.
