@@ -14,13 +14,12 @@ from jax.ad_checkpoint import checkpoint_name
 
 Array = jax.Array
 
-KEPT = "kept"  # name of the arrays that the backward pass finds again, see `layers.scan_layers`
+SAVED = "saved"  # name of the arrays that are stored for the backward pass, see `scan_layers`
 
 
-def keep(x: Array) -> Array:
-    """x, kept for the backward pass"""
-    return checkpoint_name(x, KEPT)
-
+def saved(x: Array) -> Array:
+    """x, marked as one of them."""
+    return checkpoint_name(x, SAVED)
 
 
 class Rule(NamedTuple):
@@ -48,6 +47,7 @@ class Cache(NamedTuple):
     values: Array
     valid: Array  # (B, T) bool
     length: Array  # () int32, slots in use
+    layers: tuple | None  # the weights of each layer, where these are quicker than their stack
 
 
 def make_context(
@@ -215,8 +215,8 @@ def _mix(q, k, v, allowed, blocks):
 
 def _mix_fwd(q, k, v, allowed, blocks):
     q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
-    q = keep(q * jnp.asarray(q.shape[-1] ** -0.5, q.dtype))
-    k, v = keep(k), keep(v)
+    q = saved(q * jnp.asarray(q.shape[-1] ** -0.5, q.dtype))
+    k, v = saved(k), saved(v)
     outs, kept = [], []
     for start, stop, keys in blocks:
         scores = jnp.einsum(
@@ -230,8 +230,8 @@ def _mix_fwd(q, k, v, allowed, blocks):
         weights = (weights / weights.sum(-1, keepdims=True)).astype(q.dtype)
         outs.append(jnp.einsum("bhst,bhtn->bhsn", weights, v[:, :, :keys]))
         kept.append(weights)
-    kept = [keep(weights) for weights in kept]
-    mixed = keep(jnp.concatenate(outs, axis=2).swapaxes(1, 2))
+    kept = [saved(weights) for weights in kept]
+    mixed = saved(jnp.concatenate(outs, axis=2).swapaxes(1, 2))
     return mixed, (q, k, v, kept)
 
 

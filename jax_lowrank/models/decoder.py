@@ -8,7 +8,7 @@ from flax import nnx
 
 from jax_lowrank.models.attention import Cache, make_context
 from jax_lowrank.models.head import Classifier
-from jax_lowrank.models.layers import Array, Embedding, Linear, scan_layers
+from jax_lowrank.models.layers import Array, Embedding, Linear, scan_layers, unstack
 from jax_lowrank.models.output import token_nll, unembed
 
 
@@ -129,7 +129,9 @@ class Decoder(nnx.Module):
         """An empty cache for `batch` rows of at most `slots` tokens."""
         layers, heads, width = self.cache_shape
         zeros = jnp.zeros((layers, batch, slots, heads, width), self.embed.table[...].dtype)
-        return Cache(zeros, zeros, jnp.zeros((batch, slots), bool), jnp.int32(0))
+        # On CPU a loop over tokens would cut every layer out of the stack again for every token.
+        apart = unstack(self.blocks) if jax.default_backend() == "cpu" else None
+        return Cache(zeros, zeros, jnp.zeros((batch, slots), bool), jnp.int32(0), apart)
 
     def step(self, tokens: Array, mask: Array | None, cache: Cache) -> tuple[Array, Cache]:
         """Logits (B, V) of the token after `tokens` (B, S), which are added to the cache."""

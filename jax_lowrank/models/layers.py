@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jax_lowrank.models.attention import KEPT, Cache, Context, keep
+from jax_lowrank.models.attention import SAVED, Cache, Context, saved
 
 Array = jax.Array
 
@@ -34,7 +34,7 @@ def low_rank(x: Array, a: Array, b: Array) -> Array:
 
 
 def _low_rank_fwd(x, a, b):
-    u = keep(x @ a)
+    u = saved(x @ a)
     return u @ b, (x, a, b, u)
 
 
@@ -236,7 +236,7 @@ def _layer_norm_fwd(x, scale, bias, eps):
     x32 = x.astype(jnp.float32)
     mean = x32.mean(-1, keepdims=True)
     rstd = jax.lax.rsqrt(jnp.square(x32 - mean).mean(-1, keepdims=True) + eps)
-    x, mean, rstd = keep(x), keep(mean), keep(rstd)
+    x, mean, rstd = saved(x), saved(mean), saved(rstd)
     x32 = x.astype(jnp.float32)
     lift = (1,) * (x.ndim - 1)
     y = (x32 - mean) * rstd * scale.astype(jnp.float32).reshape(*lift, -1)
@@ -265,8 +265,8 @@ def rms_norm(x: Array, scale: Array, eps: float) -> Array:
 
 def _rms_norm_fwd(x, scale, eps):
     x32 = x.astype(jnp.float32)
-    rstd = keep(jax.lax.rsqrt(jnp.square(x32).mean(-1, keepdims=True) + eps))
-    x = keep(x)
+    rstd = saved(jax.lax.rsqrt(jnp.square(x32).mean(-1, keepdims=True) + eps))
+    x = saved(x)
     normed = (x.astype(jnp.float32) * rstd).astype(x.dtype)
     return normed * scale.astype(x.dtype).reshape(*(1,) * (x.ndim - 1), -1), (x, scale, rstd)
 
@@ -321,7 +321,7 @@ def from_input(function: Callable) -> Callable:
         return function(*xs)
 
     def forward(*xs):
-        xs = tuple(map(keep, xs))
+        xs = tuple(map(saved, xs))
         return function(*xs), xs
 
     wrapped.defvjp(forward, lambda xs, g: jax.vjp(function, *xs)[1](g))
@@ -336,20 +336,31 @@ swiglu = from_input(lambda gate, up: jax.nn.silu(gate) * up)
 # ------------------------------------------------------------------------------------- stacks
 
 
+def split_stack(blocks: nnx.Module):
+    """Graph definition and stacked arrays of `blocks`; an adapter on some layers gets them all."""
+    linears = [module for _, module in nnx.iter_graph(blocks) if isinstance(module, Linear)]
+    for linear in linears:
+        if linear.adapter is not None:
+            linear.adapter.expand(linear.kernel[...])
+    return nnx.split(blocks)
+
+
+def unstack(blocks: nnx.Module) -> tuple:
+    """The arrays of every layer of the stack on their own."""
+    state = split_stack(blocks)[1]
+    num_layers = jax.tree.leaves(state)[0].shape[0]
+    return tuple(jax.tree.map(lambda x: x[i], state) for i in range(num_layers))  # noqa: B023
+
+
 def scan_layers(
     blocks: nnx.Module, x: Array, context: Context, cache: Cache | None, *, remat: bool
 ):
     """Run the stacked `blocks` over x (B, S, D).
 
-    Returns x after the last block, x before every block (L, B, S, D) (dead code unless used), and
-    the cache.
+    Returns x after the last block, x before every block (L, B, S, D) (dead code unless used; None
+    where the cache holds the layers), and the cache.
     """
-    linears = [module for _, module in nnx.iter_graph(blocks) if isinstance(module, Linear)]
-    num_layers = linears[0].kernel[...].shape[0]
-    for linear in linears:
-        if linear.adapter is not None:
-            linear.adapter.expand(linear.kernel[...])
-    graphdef, state = nnx.split(blocks)
+    graphdef, state = split_stack(blocks)
 
     def step(carry, layer_input):
         x, kv = carry
@@ -360,15 +371,18 @@ def scan_layers(
         return (y, kv), x
 
     kv = None if cache is None else (cache.keys, cache.values)
-    # Kept for the backward pass: what the products gave. Norms and activations are computed again,
-    # which is faster on CPU than storing and fetching them. With `remat` the blocks' inputs alone.
-    policy = None if remat else jax.checkpoint_policies.save_only_these_names(KEPT)
-    step = jax.checkpoint(step, prevent_cse=False, policy=policy)
-    layers = jnp.arange(num_layers, dtype=jnp.int32)
-    # One token at a time on CPU, the loop's copy of each layer's weights would cost as much as the
-    # products; unrolled, the compiler lifts it out of the loop over tokens.
-    unroll = cache is not None and jax.default_backend() == "cpu"
-    (x, kv), before = jax.lax.scan(step, (x, kv), (state, layers), unroll=unroll)
+    if cache is not None and cache.layers is not None:
+        carry, before = (x, kv), None
+        for layer, layer_state in enumerate(cache.layers):
+            carry, _ = step(carry, (layer_state, jnp.int32(layer)))
+        x, kv = carry
+    else:
+        # Stored for the backward pass: what the products gave. Norms and activations are computed
+        # again, as fast as they would be fetched. With `remat` the blocks' inputs alone.
+        policy = None if remat else jax.checkpoint_policies.save_only_these_names(SAVED)
+        step = jax.checkpoint(step, prevent_cse=False, policy=policy)
+        layers = jnp.arange(jax.tree.leaves(state)[0].shape[0], dtype=jnp.int32)
+        (x, kv), before = jax.lax.scan(step, (x, kv), (state, layers))
     if cache is not None:
         cache = cache._replace(keys=kv[0], values=kv[1])
     return x, before, cache
