@@ -41,7 +41,7 @@ class Context(NamedTuple):
 
 
 class Cache(NamedTuple):
-    """Keys and values of all layers so far, (L, B, T, K, N) each, and which slots hold a token."""
+    """Keys and values of all layers so far, (L, B, K, T, N) each, and which slots hold a token."""
 
     keys: Array
     values: Array
@@ -110,15 +110,18 @@ def _band(queries: Array, slots: Array, window: int | None, causal: bool = True)
 def attend(q: Array, k: Array, v: Array, context: Context, kv: tuple[Array, Array] | None, layer):
     """Attention of q (B, S, H, N) over k, v (B, S, K, N), or over the cache with k, v written in.
 
-    Returns the mixed values (B, S, H, N) and the updated cache arrays (L, B, T, K, N).
+    Returns the mixed values (B, S, H, N) and the updated cache arrays (L, B, K, T, N).
     """
     if kv is not None:
         keys, values = kv
-        start = (layer, 0, context.slot, 0, 0)
-        keys = jax.lax.dynamic_update_slice(keys, k[None].astype(keys.dtype), start)
-        values = jax.lax.dynamic_update_slice(values, v[None].astype(values.dtype), start)
-        k = jax.lax.dynamic_index_in_dim(keys, layer, keepdims=False)
-        v = jax.lax.dynamic_index_in_dim(values, layer, keepdims=False)
+        start = (layer, 0, 0, context.slot, 0)
+        new_k, new_v = (x.swapaxes(1, 2)[None].astype(keys.dtype) for x in (k, v))
+        keys = jax.lax.dynamic_update_slice(keys, new_k, start)
+        values = jax.lax.dynamic_update_slice(values, new_v, start)
+        # Stored head by head, as the products read them: turned back here, and again in them,
+        # which the compiler takes out.
+        k = jax.lax.dynamic_index_in_dim(keys, layer, keepdims=False).swapaxes(1, 2)
+        v = jax.lax.dynamic_index_in_dim(values, layer, keepdims=False).swapaxes(1, 2)
         kv = (keys, values)
     return mix(q, k, v, context.allowed, context.rule), kv
 

@@ -128,7 +128,7 @@ class Decoder(nnx.Module):
     def new_cache(self, batch: int, slots: int) -> Cache:
         """An empty cache for `batch` rows of at most `slots` tokens."""
         layers, heads, width = self.cache_shape
-        zeros = jnp.zeros((layers, batch, slots, heads, width), self.embed.table[...].dtype)
+        zeros = jnp.zeros((layers, batch, heads, slots, width), self.embed.table[...].dtype)
         # On CPU a loop over tokens would cut every layer out of the stack again for every token.
         apart = unstack(self.blocks) if jax.default_backend() == "cpu" else None
         return Cache(zeros, zeros, jnp.zeros((batch, slots), bool), jnp.int32(0), apart)
