@@ -4,9 +4,9 @@
 
 `make bench` runs it. The same small models, batches and steps in both, one process a setting; the
 processes of a cell take turns of 4 steps, so that a machine whose speed drifts slows all of them
-(about 25 minutes on 2 otherwise idle cores). Peers: transformers + PEFT, eager and compiled,
-without and with huge pages (which we use too), as installed ('stock') and, on AMD processors, with
-MKL's fast path unlocked. Writes
+(about 25 minutes on 2 otherwise idle cores). Peers: transformers + PEFT, eager as it is used by
+default, and compiled with huge pages (which we use too), its strongest form; both as installed
+('stock') and, on AMD processors, with MKL's fast path unlocked. Writes
 results/finetune-<processor>.json beside this file and prints the table; `--table FILE` prints the
 table of an earlier run.
 """
@@ -106,8 +106,6 @@ def settings_of(options, folder: Path) -> dict[str, tuple[list[str], dict]]:
         plain = peer_env.peer_environment(options.threads, unlock, False, folder / library)
         huge = peer_env.peer_environment(options.threads, unlock, True, folder / library)
         out[f"{library}, eager"] = ([*peer, "--no-compile"], plain)
-        out[f"{library}, eager, huge pages"] = ([*peer, "--no-compile"], huge)
-        out[f"{library}, compiled"] = ([*peer, "--compile"], plain)
         out[f"{library}, compiled, huge pages"] = ([*peer, "--compile"], huge)
     return out
 
@@ -138,9 +136,8 @@ def measure(options, say) -> dict:
             cell = ["--task", "generate", "--method", method]
             sampling = {"jax_lowrank": ([*ours[0], *cell], ours[1])}
             for name, (command, environment) in settings.items():
-                if "jax_lowrank" not in name and "huge" in name:
-                    caches = ["static"] if "compiled" in name else ["dynamic", "static"]
-                    for cache in caches:
+                if name.endswith("eager"):
+                    for cache in ("dynamic", "static"):
                         arguments = [*command, *cell, "--cache", cache]
                         sampling[f"{name}, {cache} cache"] = (arguments, environment)
             rows = in_turns(sampling, options.turns)
@@ -161,15 +158,18 @@ def flops_per_step(shape: str, method: str) -> float:
     """Multiply-adds times two of all matrix products of one step: 6 a token and weight for full
     fine-tuning, 4 for LoRA (no gradient of frozen weights), attention and adapters included."""
     layers, width, vocab, length, tokens = 6, 384, 8192, 128, 2048
-    mlp = 2 * 1536 if shape == "gpt2" else 3 * 1024
+    mlp = 3 * 1024 if shape == "llama" else 2 * 1536
     weights = layers * (4 * width * width + mlp * width) + vocab * width
+    weights += width * width if shape == "bert" else 0  # the head's own layer
     per_pass = 2 * tokens * weights
     attention = layers * 2 * 2 * tokens * length * width
     if method == "full":
         return 3 * (per_pass + attention)
-    linears = {"gpt2": ((384, 1152), (384, 384), (384, 1536), (1536, 384))}.get(
-        shape, (*[(384, 384)] * 4, *[(384, 1024)] * 2, (1024, 384))
-    )
+    linears = {
+        "gpt2": ((384, 1152), (384, 384), (384, 1536), (1536, 384)),
+        "llama": (*[(384, 384)] * 4, *[(384, 1024)] * 2, (1024, 384)),
+        "bert": (*[(384, 384)] * 4, (384, 1536), (1536, 384)),
+    }[shape]
     adapters = layers * 2 * tokens * 8 * sum(a + b for a, b in linears)
     return 2 * per_pass + 3 * (attention + adapters)
 
@@ -225,7 +225,7 @@ def main() -> None:
     """Measure and write, or print the table of an earlier run."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--torch-python", default=sys.executable)
-    parser.add_argument("--shapes", nargs="+", default=["gpt2", "llama"])
+    parser.add_argument("--shapes", nargs="+", default=["gpt2", "llama", "bert"])
     parser.add_argument("--methods", nargs="+", default=["lora", "full"])
     parser.add_argument("--turns", type=int, default=8)
     parser.add_argument("--threads", type=int, default=os.cpu_count())

@@ -50,6 +50,12 @@ SHAPES = {
             tied=True,
         ),
     ),
+    "bert": (
+        "bert",
+        models.bert.BertConfig(
+            vocab_size=VOCAB, num_layers=6, width=384, num_heads=6, mlp_width=1536
+        ),
+    ),
 }
 METHOD_OPTIONS = {"full": {}, "lora": {"rank": 8, "alpha": 16.0}}
 
@@ -59,10 +65,19 @@ def peak_mb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
+def masked_lm_loss(apply, trainable, frozen, batch, key):
+    """As the peer's: -log p of every token, the labels being the tokens themselves."""
+    logits = apply(trainable, frozen)(batch.tokens, key=key)
+    picked = jnp.take_along_axis(logits, batch.tokens[..., None], axis=-1)[..., 0]
+    nll = jax.nn.logsumexp(logits, axis=-1) - picked
+    return nll.sum(1), jnp.full(nll.shape[0], float(nll.shape[1]))
+
+
 def prepared(options):
     """call(state) -> state and losses: one compiled call of STEPS_PER_TURN steps; first state."""
     family, config = SHAPES[options.shape]
-    model = models.create(family, config, jax.random.key(0))
+    head = models.Head("masked-lm" if options.shape == "bert" else "causal-lm")
+    model = models.create(family, config, jax.random.key(0), head=head)
     method = METHODS[options.method](**METHOD_OPTIONS[options.method])
     graphdef, trainable, frozen = method.split(jax.random.key(1), model)
     optimizer = train.make_optimizer(trainable, method, weight_decay=0.1, clip=1.0)
@@ -74,7 +89,7 @@ def prepared(options):
     def call(state):
         trainable, opt_state, losses, _ = train.run_steps(
             apply=apply,
-            loss=train.causal_lm_loss,
+            loss=masked_lm_loss if options.shape == "bert" else train.causal_lm_loss,
             optimizer=optimizer,
             accumulate=1,
             trainable=state[0],
