@@ -308,7 +308,16 @@ def test_generation(folder, monkeypatch, capsys):
     )
     assert code == 0 and said.split()[:3] == ["in", "the", "box"], said + err
     code, said, err = run(
-        ["generate", folder / "model", "--prompt", "the cat", "--max-new-tokens", 3],
+        [
+            "generate",
+            folder / "model",
+            "--prompt",
+            "the cat",
+            "--max-new-tokens",
+            3,
+            "--samples",
+            8,
+        ],
         monkeypatch,
         capsys,
     )

@@ -213,8 +213,9 @@ def test_remat_changes_nothing():
         return jax.jit(jax.grad(loss)).trace(model.params)
 
     plain, remat = gradient(False), gradient(True)
-    assert ["remat" in str(traced.jaxpr) for traced in (plain, remat)] == [False, True]
-    expected, other = (traced.lower().compile()(model.params) for traced in (plain, remat))
+    one, two = (traced.lower().compile() for traced in (plain, remat))
+    assert two.cost_analysis()["flops"] > 1.1 * one.cost_analysis()["flops"]
+    expected, other = one(model.params), two(model.params)
     assert all(float(jnp.abs(g).max()) > 0 for g in jax.tree.leaves(expected))
     jax.tree.map(lambda a, b: assert_close(a, b, atol=1e-4), expected, other)
 
