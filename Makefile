@@ -48,7 +48,7 @@ demo: $(VENV)/.core  ## pretrain, fine-tune and measure the small study, and wri
 
 .PHONY: test
 test: $(VENV)/.test  ## the tests, without those marked slow or browser
-	@$(VENV)/bin/python -m pytest
+	@$(VENV)/bin/python -m pytest -n auto
 
 # pytest's exit code 5 says that no test has the mark.
 .PHONY: test-slow
