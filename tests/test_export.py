@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny_text
 from huggingface_hub import ModelCard
 from safetensors.numpy import save_file
 from tiny import FIXTURES, apply_of, assert_close, folder_of, logits_of, oracle_of, same_bytes
@@ -197,6 +198,25 @@ def test_a_classifier(name, tmp_path):
     assert same_bytes(back.params, merged(trained))
     adapter = json.loads((export.export(run, "peft") / "adapter_config.json").read_text())
     assert adapter["task_type"] == "SEQ_CLS" and adapter["modules_to_save"] == ["score"]
+
+
+def test_config_of_another_head_and_precision(tmp_path):
+    base = make_base(tmp_path, "gpt2")
+    config = json.loads((base / "config.json").read_text())
+    stale = {"torch_dtype": "float16", "num_labels": 7, "problem_type": "regression"}
+    stale |= {"id2label": {"0": "x"}, "label2id": {"x": 0}, "pad_token_id": None}
+    (base / "config.json").write_text(json.dumps({**config, **stale, "of_the_base": 1}))
+    run, _ = finetune_run(tmp_path, base)
+    made = json.loads((export.export(run, "hf") / "config.json").read_text())
+    assert made["of_the_base"] == 1 and made["dtype"] == "float32" and made["pad_token_id"] is None
+    assert not {"torch_dtype", "num_labels", "problem_type", "id2label"} & set(made)
+    # Classifiers of transformers look for the pad; a tokenizer without one pads with its end.
+    words = tiny_text.tokenizer()
+    words.save_pretrained(base)
+    (tmp_path / "other").mkdir()
+    run, _ = finetune_run(tmp_path / "other", base, head=Head("classification", LABELS))
+    made = json.loads((export.export(run, "hf") / "config.json").read_text())
+    assert made["pad_token_id"] == words.pad_token_id == 0 and len(made["id2label"]) == 3
 
 
 def test_a_bfloat16_base_stays_bfloat16(base, tmp_path):
