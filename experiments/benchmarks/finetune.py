@@ -128,7 +128,7 @@ def measure(options, say) -> dict:
                     options.turns,
                 )
                 out["train"] += rows
-                say(f"{shape}, {method}", rows)
+                say(rows)
                 command, environment = ours
                 profile = run_alone([*command, *cell, "--task", "profile"], environment)
                 out.setdefault("profile", {})[f"{shape} {method}"] = profile
@@ -142,7 +142,7 @@ def measure(options, say) -> dict:
                         sampling[f"{name}, {cache} cache"] = (arguments, environment)
             rows = in_turns(sampling, options.turns)
             out["generate"] += rows
-            say(f"sampling, {method}", rows)
+            say(rows)
     return out
 
 
@@ -174,50 +174,52 @@ def flops_per_step(shape: str, method: str) -> float:
     return 2 * per_pass + 3 * (attention + adapters)
 
 
-def lines_of(rows: list[dict], share) -> list[str]:
-    """Table lines of one cell; `share` gives the last column from a row."""
+HEADER = [
+    "| task | against | tokens/s | theirs | jax_lowrank is | peak MB | theirs | jax_lowrank uses |",
+    "|---|---|--:|--:|--:|--:|--:|--:|",
+]
+
+
+def lines_of(rows: list[dict], peak: float | None = None) -> list[str]:
+    """Table lines of one cell, one a setting that jax_lowrank is compared with (its own with
+    recomputed activations among them); with `peak` in GFLOP/s, tokens/s with their share of it."""
+    first = rows[0]
+    task = f"{first['shape']}, {first['method']}"
+    if first["task"] == "generate":
+        task = f"sampling, {'with adapter' if first['method'] == 'lora' else 'plain'}"
+        peak = None
+    flops = flops_per_step(first["shape"], first["method"])
+
+    def speed(row):
+        share = f" ({flops / row['seconds_median'] / 1e9 / peak:.0%})" if peak else ""
+        return f"{row['tokens'] / row['seconds_median']:,.0f}{share}"
+
     lines = []
-    for row in rows:
-        against = ""
-        if not row["name"].startswith("jax_lowrank"):
-            middle, low, high = ratio(rows, row["name"])
-            against = f"{middle:.2f} × ({low:.2f} to {high:.2f})"
-        memory = row["peak_mb"] / rows[0]["peak_mb"]
+    for row in rows[1:]:
+        middle, low, high = ratio(rows, row["name"])
         lines.append(
-            f"| {row['name']} | {row['tokens'] / row['seconds_median']:,.0f} | {against}"
-            f" | {row['peak_mb']:,.0f} ({1 / memory:.2f} ×) | {share(row)}"
-            f" | {row['first_call_seconds']:.1f} |"
+            f"| {task} | {row['name']} | {speed(first)} | {speed(row)}"
+            f" | {middle:.2f} × ({low:.2f} to {high:.2f}) | {first['peak_mb']:,.0f}"
+            f" | {row['peak_mb']:,.0f} | {first['peak_mb'] / row['peak_mb']:.2f} × |"
         )
     return lines
 
 
-HEADER = [
-    "| setting | tokens/s | jax_lowrank is | peak MB (jax_lowrank uses) | of peak | first call s |",
-    "|---|--:|--:|--:|--:|--:|",
-]
-
-
 def table(result: dict) -> str:
-    """The README's tables: tokens/s, ratios, memory, and the share of the matrix-product peak."""
+    """The README's table: tokens/s with the share of the matrix-product peak, ratios, memory."""
     peak = max(result["matmul"]["jax"]["gflops"].values())
     peak = max(peak, *(row["gflops"] for row in result["matmul"]["torch"]["rows"]))
     lines = [
-        f"{result['cpu']}, {result['date']}; {result['turns']} turns; f32 matrix-product peak"
-        f" {peak:.0f} GFLOP/s. Ratios: median over turns (smallest to largest)."
+        f"{result['cpu']}, {result['date']}; {result['turns']} turns; tokens/s with the share of"
+        f" the f32 matrix-product peak ({peak:.0f} GFLOP/s); ratios: median over turns (smallest to"
+        " largest).",
+        "",
+        *HEADER,
     ]
-    for shape, method in dict.fromkeys((row["shape"], row["method"]) for row in result["train"]):
-        rows = [r for r in result["train"] if (r["shape"], r["method"]) == (shape, method)]
-        flops = flops_per_step(shape, method)
-
-        def share(row, flops=flops):
-            return f"{flops / row['seconds_median'] / 1e9 / peak:.0%}"
-
-        lines += ["", f"**Training, {shape}, {method}**", "", *HEADER, *lines_of(rows, share)]
-    for method in dict.fromkeys(row["method"] for row in result["generate"]):
-        rows = [r for r in result["generate"] if r["method"] == method]
-        label = "with adapter" if method == "lora" else "plain"
-        lines += ["", f"**Sampling, gpt2, {label}, 32 rows, 16 + 32 tokens**", ""]
-        lines += [*HEADER, *lines_of(rows, lambda row: "")]
+    for task in ("train", "generate"):
+        for cell in dict.fromkeys((row["shape"], row["method"]) for row in result[task]):
+            rows = [r for r in result[task] if (r["shape"], r["method"]) == cell]
+            lines += lines_of(rows, peak)
     return "\n".join(lines)
 
 
@@ -235,8 +237,10 @@ def main() -> None:
         print(table(json.loads(options.table.read_text())))
         return
 
-    def say(cell, rows):
-        print(f"{cell}\n" + "\n".join(lines_of(rows, lambda row: "")), flush=True)
+    print("\n".join(HEADER), flush=True)
+
+    def say(rows):
+        print("\n".join(lines_of(rows)), flush=True)
 
     result = {"date": datetime.date.today().isoformat(), **measure(options, say)}
     machine = re.sub(r"[^a-z0-9]+", "-", result["cpu"].lower()).strip("-")
