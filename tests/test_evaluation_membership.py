@@ -110,7 +110,11 @@ def test_a_row_without_its_own_spread_takes_that_of_all_rows():
     assert np.isnan(found.score[0]) and not found.shared[0]
     assert found.num_outside[0] == 0 and found.num_outside[1] == 1
     np.testing.assert_array_equal(np.flatnonzero(found.shared), [1, 2])
-    assert np.isfinite(found.score[1:]).all() and np.abs(found.score[1:]).max() < 100
+    assert np.isfinite(found.score[1:]).all()
+    outside = [row[~known] for row, known in zip(shadows, inside)]
+    pooled = np.concatenate([row - row.mean() for row in outside if row.size > 1])
+    expected = (target[1] - shadows[1, 3]) / np.sqrt(np.mean(pooled**2))
+    assert found.score[1] == pytest.approx(expected)
 
 
 def test_median_is_not_moved_by_one_wild_shadow():
@@ -124,17 +128,19 @@ def test_median_is_not_moved_by_one_wild_shadow():
         np.testing.assert_allclose(middle, getattr(np, center)(wild, axis=1))
 
 
-def test_rmia_is_the_share_of_the_population_that_is_beaten():
+@pytest.mark.parametrize("gamma", [1.0, 1.2])
+def test_rmia_is_the_share_of_the_population_that_is_beaten(gamma):
     rng = np.random.default_rng(3)
     target, shadows = np.log(rng.uniform(0.1, 1, 20)), np.log(rng.uniform(0.1, 1, (20, 6)))
     pool, pool_shadows = np.log(rng.uniform(0.1, 1, 30)), np.log(rng.uniform(0.1, 1, (30, 6)))
     inside = rng.random((20, 6)) < 0.5
     inside[0] = True
-    found = membership.rmia(target, shadows, inside, pool, pool_shadows, offset=0.4, gamma=1.2)
+    target[1], shadows[1], inside[1] = pool[4], pool_shadows[4], False  # as good is not better
+    found = membership.rmia(target, shadows, inside, pool, pool_shadows, offset=0.4, gamma=gamma)
     p_out = [np.exp(s[~i]).mean() if (~i).any() else np.nan for s, i in zip(shadows, inside)]
     row = np.exp(target) / ((1.4 * np.array(p_out) + 0.6) / 2)
     z = np.exp(pool) / ((1.4 * np.exp(pool_shadows).mean(1) + 0.6) / 2)
-    expected = (row[:, None] / z[None] > 1.2).mean(1)
+    expected = (row[:, None] / z[None] > gamma).mean(1)
     np.testing.assert_allclose(found.score[1:], expected[1:])
     assert np.isnan(found.score[0])
 
