@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,9 @@ SHORT = {
     "--batch-size": "--train.batch-size",
     "--max-length": "--train.max-length",
 }
+
+
+STOPPED = 75  # EX_TEMPFAIL: the same command goes on
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -46,10 +50,19 @@ def main(argv: list[str] | None = None) -> int:
         from jax_lowrank.config import nearest
 
         return fail(f"command {nearest(args[0], commands)}; see jax-lowrank --help")
+    if args[0] not in ("study", "finetune"):
+        try:
+            return commands[args[0]](args[1:])
+        except KeyboardInterrupt:
+            return fail("interrupted", 130)
+    # What a scheduler sends before it kills is Ctrl-C here; training saves before it stops.
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         return commands[args[0]](args[1:])
-    except KeyboardInterrupt:
-        return fail("interrupted; the same command does again what is not finished", 130)
+    except KeyboardInterrupt as stop:
+        return fail(f"{str(stop) or 'interrupted'}; the same command goes on from there", STOPPED)
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def fail(message: str, code: int = 2) -> int:
@@ -100,8 +113,9 @@ def split_target(command: str, what: str, args: list[str]) -> tuple[str, list[st
 
 
 def study_command(args: list[str]) -> int:
-    """Run the study of a config file, and write its report."""
-    from jax_lowrank.config import ConfigError, Study, load_config
+    """Run the study of a config file, or a shard of it, and report it when all is finished."""
+    from jax_lowrank.config import Study, load_config
+    from jax_lowrank.workers import shard_of
 
     try:
         config, rest = split_target("study", "a config file", args)
@@ -109,11 +123,13 @@ def study_command(args: list[str]) -> int:
             print(HELP)
             return 0
         out, rest = take_option(rest, "--out")
+        part, rest = take_option(rest, "--shard")
+        shard = shard_of(part, os.environ)
         study = load_config(config)
         if rest:
-            prog = f"jax-lowrank study {config} [--out DIR]"
+            prog = f"jax-lowrank study {config} [--out DIR] [--shard i/n]"
             study = parse(Study, study, rest, prog)
-    except (ConfigError, OSError) as error:
+    except (ValueError, OSError) as error:
         return fail(str(error))
     use_fast_memory()
     set_up_jax()
@@ -127,11 +143,14 @@ def study_command(args: list[str]) -> int:
     except (ValueError, OSError) as error:
         return fail(str(error))
     try:
-        execute(prepared, note)
+        left = execute(prepared, note, shard)
     except results.ResultsError as error:
         return fail(str(error))
     except (DivergedError, OSError) as error:
         return fail(str(error), 1)
+    if left:
+        print(f"this shard is finished; {left} runs of other shards are not: no report yet")
+        return 0
     return write_report(directory)
 
 
@@ -165,7 +184,7 @@ def finetune_command(args: list[str]) -> int:
         return fail(str(error))
     use_fast_memory()
     set_up_jax()
-    from jax_lowrank import finetune
+    from jax_lowrank import finetune, results
     from jax_lowrank.train import DivergedError
 
     try:
@@ -183,6 +202,8 @@ def finetune_command(args: list[str]) -> int:
             record = finetune.execute(job, note)
         else:
             note(f"{job.out} is finished: this run was done before")
+    except results.ResultsError as error:
+        return fail(str(error))
     except (DivergedError, OSError) as error:
         return fail(f"{error}; nothing was written", 1)
     print("\n".join(finetune.summary(record)))

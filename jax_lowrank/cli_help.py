@@ -4,7 +4,8 @@ HELP = """\
 jax-lowrank: what does low-rank fine-tuning leave behind, compared with full fine-tuning?
 
 commands
-  study CONFIG [--out DIR] [--FIELD VALUE ...]   run a study, or continue it, and report it
+  study CONFIG [--out DIR] [--FIELD VALUE ...]   run a study, or continue it, and report it;
+        [--shard i/n]                            several workers may share one DIR
   report DIR                                     report a results directory again
   finetune --model PATH --data FILE [...]        one run: LoRA, full fine-tuning and others
   generate RUN_OR_MODEL --prompt TEXT [...]      continue prompts
@@ -21,7 +22,11 @@ examples
 
 CONFIG is a Python file with a function config() that returns a Study, or FILE.py:FUNCTION.
 Results go to results/NAME; a run that is finished there is not run again.
-Exit codes: 0 done, 1 a run failed, 2 the input is wrong, 130 interrupted.
+--shard i/n does every n-th run from i (0 to n-1) on, and what these need; without it,
+SLURM_ARRAY_TASK_ID/_COUNT or JOB_COMPLETION_INDEX/JOB_COMPLETIONS say it, or all is done.
+SIGTERM and Ctrl-C save a checkpoint and stop, a second one stops at once; the same command goes on.
+Exit codes: 0 done, 1 a run failed, 2 the input is wrong, 75 stopped by a signal (study, finetune),
+130 interrupted (other commands).
 """
 
 FINETUNE_HELP = """\

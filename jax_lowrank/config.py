@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import hashlib
 import inspect
 import json
@@ -42,6 +43,7 @@ METHOD_NAMES = ("full", "lora", "bitfit", "head")
 LAYER_CHOICES = ("first", "last", "random")
 LAYER_LIST = re.compile(r"\d+(,\d+)*")
 INITS = ("kaiming", "gaussian", "pissa", "olora")
+NO_RESULT = {"result": False}  # metadata of fields that no result depends on
 
 
 @dataclass(frozen=True)
@@ -179,6 +181,8 @@ class TrainSpec:
     """Optimizer steps inside one compiled call; does not change the result."""
     remat: bool = False
     """Recompute blocks in the backward pass: less memory, somewhat slower."""
+    checkpoint_seconds: float = field(default=60.0, metadata=NO_RESULT)
+    """Between two checkpoints: what is lost at most when the process is killed."""
 
     def __post_init__(self) -> None:
         require(self.schedule in SCHEDULES, f"schedule: {nearest(self.schedule, SCHEDULES)}")
@@ -192,6 +196,8 @@ class TrainSpec:
         )
         ok = 0 <= self.warmup_fraction < 1
         require(ok, f"train.warmup_fraction {self.warmup_fraction} is outside [0, 1)")
+        ok = self.checkpoint_seconds >= 0
+        require(ok, f"train.checkpoint_seconds {self.checkpoint_seconds} is negative; 60 is usual")
 
 
 @dataclass(frozen=True)
@@ -277,19 +283,27 @@ class Run:
 
 
 def fingerprint(*parts: Any) -> str:
-    """16 hexadecimal characters that change when any part does; the same on every machine."""
-    text = json.dumps(plain(parts), sort_keys=True, separators=(",", ":"))
+    """16 hexadecimal characters that change when any part does; the same on every machine.
+
+    Fields that no result depends on (NO_RESULT) are not part of it.
+    """
+    text = json.dumps(plain(parts, results=True), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def plain(value: Any) -> Any:
-    """Dataclasses, mappings and tuples as what JSON can hold."""
+def plain(value: Any, *, results: bool = False) -> Any:
+    """Dataclasses, mappings and tuples as what JSON can hold.
+
+    results: without the fields that no result depends on.
+    """
+    inner = functools.partial(plain, results=results)
     if dataclasses.is_dataclass(value):
-        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        kept = [f for f in fields(value) if not results or f.metadata.get("result", True)]
+        return {f.name: inner(getattr(value, f.name)) for f in kept}
     if isinstance(value, Mapping):
-        return {str(k): plain(v) for k, v in value.items()}
+        return {str(k): inner(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [plain(v) for v in value]
+        return [inner(v) for v in value]
     return value
 
 

@@ -22,6 +22,7 @@ from safetensors.numpy import save_file
 from jax_lowrank import data, models, provenance, results, train
 from jax_lowrank.adapt import METHODS, lora
 from jax_lowrank.adapt.method import Method, count, dtypes
+from jax_lowrank.checkpoint import Checkpoints
 from jax_lowrank.config import fingerprint, plain, require
 from jax_lowrank.config_run import DataSpec, FinetuneSpec
 from jax_lowrank.models.head import Head
@@ -30,6 +31,7 @@ from jax_lowrank.study.prepare import Text, load_text, param_dtype
 from jax_lowrank.study.training import fit, guards, make_program, progress_log
 from jax_lowrank.tasks import encode, text
 from jax_lowrank.trained import mean_loss, measure, observe, sentence
+from jax_lowrank.workers import claim
 
 FILES = ("config.json", "record.json", "splits.json", "log.jsonl", "predictions.npz")
 
@@ -198,10 +200,38 @@ def loss_for(kind: str) -> Callable:
 
 
 def execute(job: Job, note: Callable[[str], None]) -> dict:
-    """Train and measure, and write the run's directory, whole or not at all; its record."""
+    """Do the run, from its newest checkpoint where there is one, and write its directory, whole or
+    not at all; its record.
+
+    Raises ResultsError while another process does the same run.
+    """
+    place = job.out.absolute().with_name(f"{job.out.name}.checkpoints")
+    try:
+        with claim(place / "claim") as mine:
+            if not mine:
+                raise results.ResultsError(f"another process is doing this run: {job.out}")
+            results.clear_partial(job.out.absolute())
+            checkpoints = Checkpoints(
+                place / job.fingerprint,
+                job.fingerprint,
+                seconds=job.spec.train.checkpoint_seconds,
+                note=note,
+            )
+            try:
+                record = train_and_write(job, checkpoints, note)
+            except train.DivergedError:  # and would again
+                checkpoints.remove()
+                raise
+            checkpoints.remove()
+            return record
+    finally:
+        if not any(place.glob("*/*")):
+            shutil.rmtree(place, ignore_errors=True)
+
+
+def train_and_write(job: Job, checkpoints: Checkpoints, note: Callable[[str], None]) -> dict:
+    """Train and measure, and write the run's directory; its record."""
     spec, (graphdef, trainable, frozen) = job.spec, job.parts
-    for leftover in job.out.absolute().parent.glob(f".partial-{job.out.name}-*"):
-        shutil.rmtree(leftover)
     note(sizes(job))
     note(start_line(job))
     began = time.perf_counter()
@@ -239,7 +269,10 @@ def execute(job: Job, note: Callable[[str], None]) -> dict:
             log=progress_log(progress, spec.method.label, log),
             key=jax.random.key(spec.seed),
             loss=loss_for(job.data.kind),
+            checkpoints=checkpoints,
         )
+    if fitted.resumed_at:  # the best state may be of an earlier session
+        best["outputs"] = outputs(fitted.trainable, "validation")
     after = {
         name: best["outputs"] if name == "validation" else outputs(fitted.trainable, name)
         for name in held_out
@@ -294,6 +327,7 @@ def new_record(job: Job, before: dict, after: dict, fitted: train.Fitted, traine
         "num_steps": fitted.num_steps,
         "best_step": fitted.best_step,
         "validation_loss": fitted.validation_loss,
+        "resumed_at": fitted.resumed_at,
         "tokens_per_second": round(fitted.tokens_per_second, 1),
         "metrics": [
             {"split": split, "when": when, **metric}

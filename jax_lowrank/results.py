@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import tempfile
+import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -57,7 +58,7 @@ class StudyResult(NamedTuple):
 
 def write_whole(path: Path, text: str) -> None:
     """Write a file so that a reader sees all of it or the old one."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")  # other machines write as well
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)
 
@@ -72,8 +73,6 @@ def open_study(directory: Path, study: Mapping[str, Any], rows: Mapping[str, Row
         existing = directory / "study.json"
         if existing.is_file():
             _check_same(json.loads(existing.read_text(encoding="utf-8")), study, directory)
-        for leftover in (directory / "runs").glob(".partial-*"):
-            shutil.rmtree(leftover)
         write_whole(existing, json.dumps(study, indent=1))
         write_whole(
             directory / "prompts.json", json.dumps({k: _to_json(v) for k, v in rows.items()})
@@ -139,6 +138,12 @@ def write_run(
             save_file(dict(weights), partial / "trainable.safetensors")
 
     return write_directory(directory / "runs" / record["fingerprint"], write)
+
+
+def clear_partial(final: Path) -> None:
+    """Delete what a killed process left of `final`; only for who holds its claim."""
+    for leftover in final.parent.glob(f".partial-{final.name}-*"):
+        shutil.rmtree(leftover)
 
 
 def read_run_config(directory: Path) -> dict:

@@ -6,6 +6,7 @@ batches); learning rates and the number of steps are arguments, so nothing compi
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import time
@@ -18,6 +19,7 @@ import numpy as np
 import optax
 
 from jax_lowrank.adapt.method import Method, State, decay_mask
+from jax_lowrank.checkpoint import Checkpoints, Interrupted
 from jax_lowrank.data import Batch, Batches
 
 
@@ -56,6 +58,7 @@ class Fitted(NamedTuple):
     num_steps: int
     seconds: float
     tokens_per_second: float
+    resumed_at: tuple[int, ...]  # the steps at which it was continued from a checkpoint
 
 
 def causal_lm_loss(apply: Callable, trainable: State, frozen: State, batch: Batch, key):
@@ -187,79 +190,159 @@ def fit(
     accumulate: int = 1,
     steps_per_call: int = 32,
     key: jax.Array,
+    checkpoints: Checkpoints | None = None,
 ) -> Fitted:
     """Train to the schedule's end, validating before the first step and after every epoch.
 
     The state with the lowest validation loss is returned. `trainable` is donated. `log` receives
     one dict per compiled call and per validation.
 
-    Raises DivergedError at the first step whose loss, or validation loss after it, is not finite.
+    checkpoints: to continue from, and to write at the ends of compiled calls. A continued run is
+    the run that was never interrupted, bit for bit; only its times differ. Its earlier log lines
+    come first, marked `resumed`.
+
+    Raises DivergedError at the first step whose loss, or validation loss after it, is not finite,
+    and, with checkpoints, Interrupted after a signal and CheckpointError for a save that failed.
     """
-    opt_state = optimizer.init(trainable)
+    compiled = functools.partial(
+        run_steps, apply=apply, loss=loss, optimizer=optimizer, accumulate=accumulate, frozen=frozen
+    )
     epoch, end = batches.steps_per_epoch, schedule.num_steps
-    best = (validate(trainable), 0, jax.device_get(trainable))
-    log({"step": 0, "validation_loss": best[0]})
-    began, tokens, pending = time.perf_counter(), 0, None
-    for first in range(0, end, epoch):
-        for step, stacked in chunks(batches, first, min(first + epoch, end), steps_per_call):
-            count = len(stacked.tokens)
-            rates = schedule(np.arange(step, step + count))
-            trainable, opt_state, losses, norms = run_steps(
-                apply=apply,
-                loss=loss,
-                optimizer=optimizer,
-                accumulate=accumulate,
-                trainable=trainable,
-                opt_state=opt_state,
-                frozen=frozen,
-                batches=_fill(stacked, steps_per_call),
-                rates=_fill(rates, steps_per_call),
-                count=count,
-                key=key,
-                first=step,
-            )
-            tokens += stacked.tokens.size
-            # Read the previous call's numbers while this one runs.
-            _report(pending, log)
-            pending = (step, count, losses, norms, rates, tokens, began, end)
-        _report(pending, log)
-        pending = None
-        step = min(first + epoch, end)
-        value = validate(trainable)
-        if not math.isfinite(value):
-            raise DivergedError(step, value)
-        log({"step": step, "validation_loss": value})
-        if value < best[0]:
-            best = (value, step, jax.device_get(trainable))
-    seconds = time.perf_counter() - began
-    return Fitted(best[2], best[1], best[0], end, seconds, tokens / seconds)
+    run = Training(trainable, optimizer.init(trainable), key, log, end, checkpoints)
+    with checkpoints or contextlib.nullcontext():
+        if not run.resume():
+            run.validated(validate(trainable))
+        while run.step < end:
+            stop = min((run.step // epoch + 1) * epoch, end)
+            # Groups are cut greedily, so that those after a group's end do not depend on its start.
+            for step, stacked in chunks(batches, run.step, stop, steps_per_call):
+                run.advance(compiled, step, stacked, schedule, steps_per_call)
+                if run.step < stop:
+                    run.save_if_due()
+            run.report()
+            run.validated(validate(run.trainable))
+            run.save_if_due()
+    seconds = time.perf_counter() - run.began
+    return Fitted(
+        run.best, run.best_step, run.best_loss, end, seconds, run.tokens / seconds, run.resumed_at
+    )
+
+
+class Training:
+    """Where a run of `fit` is: what a checkpoint holds, and the call whose numbers are awaited."""
+
+    def __init__(
+        self,
+        trainable: State,
+        opt_state: Any,
+        key: jax.Array,
+        log: Callable[[dict], None],
+        num_steps: int,
+        checkpoints: Checkpoints | None,
+    ):
+        self.trainable, self.opt_state, self.key = trainable, opt_state, key
+        self.log, self.num_steps, self.checkpoints = log, num_steps, checkpoints
+        self.step, self.tokens, self.lines, self.resumed_at = 0, 0, [], ()
+        self.best, self.best_step, self.best_loss = jax.device_get(trainable), 0, math.inf
+        self.pending: tuple[Any, ...] | None = None
+        self.began = time.perf_counter()
+
+    def arrays(self) -> dict[str, Any]:
+        """Every array that the rest of the run depends on."""
+        key = np.asarray(jax.random.key_data(self.key))
+        state = {"trainable": self.trainable, "opt_state": self.opt_state, "best": self.best}
+        return {**state, "key": key}
+
+    def resume(self) -> bool:
+        """Go on where the newest good checkpoint is; whether there was one."""
+        saved = self.checkpoints.restore(self.arrays()) if self.checkpoints else None
+        if saved is None:
+            return False
+        self.trainable, self.opt_state, self.best, key = (
+            saved.state[name] for name in ("trainable", "opt_state", "best", "key")
+        )
+        self.key = jax.random.wrap_key_data(jnp.asarray(key), impl=jax.random.key_impl(self.key))
+        facts = saved.facts
+        self.step, self.tokens, self.lines = facts["step"], facts["tokens"], facts["lines"]
+        self.best_step, self.best_loss = facts["best_step"], facts["best_loss"]
+        self.resumed_at = (*facts["resumed_at"], self.step)
+        self.began -= facts["seconds"]
+        for line in self.lines:
+            self.log({**line, "resumed": True})
+        return True
+
+    def save_if_due(self) -> None:
+        """Save when it is time to, or when a signal asked for it; then raise Interrupted."""
+        if self.checkpoints is None or not self.checkpoints.due():
+            return
+        self.report()  # what is not finite is never saved
+        names = ("step", "tokens", "lines", "best_step", "best_loss", "resumed_at")
+        facts = {name: getattr(self, name) for name in names}
+        facts["seconds"] = time.perf_counter() - self.began
+        self.checkpoints.save(self.step, self.arrays(), facts)
+        if self.checkpoints.asked:
+            self.checkpoints.wait()
+            raise Interrupted(f"stopped after step {self.step} of {self.num_steps}")
+
+    def advance(
+        self, compiled: Callable, step: int, stacked: Batch, schedule: Schedule, length: int
+    ) -> None:
+        """Start one compiled call; while it runs, read the numbers of the call before."""
+        count = len(stacked.tokens)
+        rates = schedule(np.arange(step, step + count))
+        self.trainable, self.opt_state, losses, norms = compiled(
+            trainable=self.trainable,
+            opt_state=self.opt_state,
+            batches=_fill(stacked, length),
+            rates=_fill(rates, length),
+            count=count,
+            key=self.key,
+            first=step,
+        )
+        self.step, self.tokens = step + count, self.tokens + stacked.tokens.size
+        self.report()
+        self.pending = (step, count, losses, norms, float(rates[-1]), self.tokens)
+
+    def report(self) -> None:
+        """Wait for the pending call, and log it. Raises DivergedError where its loss is bad."""
+        if self.pending is None:
+            return
+        (step, count, losses, norms, rate, tokens), self.pending = self.pending, None
+        losses = np.asarray(losses)[:count]  # waits until the call is done
+        speed = tokens / (time.perf_counter() - self.began)
+        bad = np.flatnonzero(~np.isfinite(losses))
+        if bad.size:
+            raise DivergedError(step + int(bad[0]) + 1, float(losses[bad[0]]))
+        self.tell(
+            {
+                "step": step + count,
+                "num_steps": self.num_steps,
+                "loss": float(losses.mean()),
+                "gradient_norm": float(np.asarray(norms)[count - 1]),
+                "learning_rate": rate,
+                "tokens_per_second": round(speed, 1),
+            }
+        )
+
+    def validated(self, loss: float) -> None:
+        """Log a validation, and keep the state when it is the best so far."""
+        if self.step and not math.isfinite(loss):
+            raise DivergedError(self.step, loss)
+        self.tell({"step": self.step, "validation_loss": loss})
+        if loss < self.best_loss:
+            self.best, self.best_step = jax.device_get(self.trainable), self.step
+            self.best_loss = loss
+
+    def tell(self, line: dict) -> None:
+        """Log a line, and keep it for checkpoints."""
+        self.lines.append(line)
+        self.log(line)
 
 
 def _fill(tree, length: int):
     """Pad the leading axis to `length`, so that every call has one shape."""
     return jax.tree.map(
         lambda x: np.concatenate([x, np.zeros((length - len(x), *x.shape[1:]), x.dtype)]), tree
-    )
-
-
-def _report(pending: tuple[Any, ...] | None, log: Callable[[dict], None]) -> None:
-    if pending is None:
-        return
-    step, count, losses, norms, rates, tokens, began, end = pending
-    losses = np.asarray(losses)[:count]  # waits until the call is done
-    speed = tokens / (time.perf_counter() - began)
-    bad = np.flatnonzero(~np.isfinite(losses))
-    if bad.size:
-        raise DivergedError(step + int(bad[0]) + 1, float(losses[bad[0]]))
-    log(
-        {
-            "step": step + count,
-            "num_steps": end,
-            "loss": float(losses.mean()),
-            "gradient_norm": float(np.asarray(norms)[count - 1]),
-            "learning_rate": float(rates[-1]),
-            "tokens_per_second": round(speed, 1),
-        }
     )
 
 

@@ -261,7 +261,7 @@ def test_a_run_that_is_stopped_leaves_nothing(folder, tmp_path, stop, monkeypatc
 
     monkeypatch.setattr(np, "savez_compressed", fail)
     code, _, err = run(arguments(folder, tmp_path / "out"), monkeypatch, capsys)
-    assert code == (130 if isinstance(stop, KeyboardInterrupt) else 1), err
+    assert code == (75 if isinstance(stop, KeyboardInterrupt) else 1), err
     assert "Traceback" not in err and list(tmp_path.iterdir()) == []
 
 

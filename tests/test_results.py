@@ -78,13 +78,17 @@ def test_a_failed_rewrite_leaves_the_old_run(tmp_path):
 
 def test_leftovers_of_a_killed_run_are_neither_read_nor_kept(tmp_path):
     results.open_study(tmp_path, STUDY, ROWS)
-    leftover = tmp_path / "runs" / ".partial-abc"
-    leftover.mkdir()
-    (leftover / "record.json").write_text("{}")
+    leftover = tmp_path / "runs" / f".partial-{RECORD['fingerprint']}-abc"
+    other = tmp_path / "runs" / f".partial-{'0' * 16}-abc"  # of a worker that is alive
+    for folder in (leftover, other):
+        folder.mkdir()
+        (folder / "record.json").write_text("{}")
     assert results.read_study(tmp_path).runs == []
     results.write_run(tmp_path, RECORD, [])
     results.open_study(tmp_path, STUDY, ROWS)
-    assert not leftover.exists() and len(results.read_study(tmp_path).runs) == 1
+    assert leftover.exists() and len(results.read_study(tmp_path).runs) == 1
+    results.clear_partial(tmp_path / "runs" / RECORD["fingerprint"])
+    assert not leftover.exists() and other.exists()
 
 
 def test_the_directory_of_another_study_is_refused(tmp_path):

@@ -138,10 +138,11 @@ def test_an_interrupted_study_continues_with_the_same_numbers(
     lost = [name for name, r in before.items() if r.record["seed"] == 2]
     for name in lost:
         shutil.rmtree(copy / "runs" / name)
-    (copy / "runs" / ".partial-killed").mkdir()
+    partial = copy / "runs" / f".partial-{lost[0]}-killed"
+    partial.mkdir()
     code, _ = run(["study", config, "--out", copy], monkeypatch, capsys)
     assert code == 0 and len(lost) == 2
-    assert not (copy / "runs" / ".partial-killed").exists()
+    assert not partial.exists()
     after = outputs(copy)
     assert after.keys() == before.keys()
     for name in lost:

@@ -1,8 +1,7 @@
-"""The grid of runs: base, learning-rate choice, reported runs; what is finished is skipped."""
+"""A study's runs: what each of them is called, does, measures and writes."""
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
 from functools import partial
@@ -13,10 +12,12 @@ import jax
 from jax_lowrank import models, provenance, results, tasks, train
 from jax_lowrank.adapt import METHODS, lora
 from jax_lowrank.adapt.method import Method, bind, count, dtypes
+from jax_lowrank.checkpoint import Checkpoints
 from jax_lowrank.config import MethodSpec, Run, fingerprint, plain
 from jax_lowrank.progress import Progress
 from jax_lowrank.study.measure import measure, summary
 from jax_lowrank.study.prepare import PROMPT_SPLITS, Prepared
+from jax_lowrank.study.schedule import Schedule, needed, slots_of
 from jax_lowrank.study.training import (
     Program,
     fit,
@@ -26,13 +27,14 @@ from jax_lowrank.study.training import (
     progress_log,
     train_batches,
 )
+from jax_lowrank.workers import Shard
+
+ALL = Shard()
 
 
-def execute(prepared: Prepared, note: Callable[[str], None]) -> list[str]:
-    """Run the grid, skipping what is finished; the fingerprints of all its runs.
-
-    Base first; then, method by method, the runs that choose a learning rate on validation, and the
-    runs that are reported.
+def execute(prepared: Prepared, note: Callable[[str], None], shard: Shard = ALL) -> int:
+    """Run the grid, or this shard of it, skipping what is finished; how many of the study's runs
+    are not finished yet, by other shards.
     """
     p = prepared
     describe(p)
@@ -41,30 +43,29 @@ def execute(prepared: Prepared, note: Callable[[str], None]) -> list[str]:
     held_out = encode(p.task.splits["validation"].texts)
     batches = train_batches(train_sequences, p.study.train, 0, p.text.pad_id)
     steps = train.num_steps(batches, p.study.train.epochs)
-    methods = p.study.methods
-    num_runs = sum(len(m.learning_rates) + len(p.study.seeds) for m in methods)
-    done = [run_base(p, note)]
+    slots = slots_of(p.study)
+    mine = shard.part(slots)
+    if shard.count > 1:
+        note(f"shard {shard.index}/{shard.count}: {len(mine)} of {len(slots)} runs")
     base_apply = bind(p.model.graphdef)
-    with Progress(steps * num_runs) as progress:
-        for spec in methods:
-            cell = Cell(p, spec, train_sequences, held_out, base_apply, progress, steps, {})
-            tuning = [
-                cell.run(Run("tune", spec, rate, p.study.tune_seed)) for rate in spec.learning_rates
-            ]
-            rate = choose_rate(spec, tuning)
-            final = [cell.run(Run("final", spec, rate, seed)) for seed in p.study.seeds]
-            done += [record["fingerprint"] for record in tuning + final]
-    results.set_runs(p.out, done)
-    return done
-
-
-def choose_rate(spec: MethodSpec, tuning: list[dict]) -> float:
-    """The learning rate whose run has the lowest validation loss; diverged runs do not count."""
-    losses = [r["validation_loss"] for r in tuning]
-    usable = [(x, r) for x, r in zip(losses, spec.learning_rates) if x is not None]
-    if not usable:
-        raise train.DivergedError(tuning[0]["diverged"]["step"], math.nan)
-    return min(usable)[1]
+    num_trained = sum(slot.kind != "base" for slot in needed(p.study, mine))
+    with Progress(steps * num_trained) as progress:
+        cells = {
+            spec.label: Cell(p, spec, train_sequences, held_out, base_apply, progress, steps, {})
+            for spec in p.study.methods
+        }
+        schedule = Schedule(
+            p,
+            progress,
+            run_fingerprint,
+            lambda run: cells[run.label].run(run) if run.method else run_base(p, progress.note),
+            lambda run: progress.skip(steps) if run.method else None,
+        )
+        schedule.work(mine)
+    records = [schedule.record(slot, work=False) for slot in slots]
+    if None not in records:
+        results.set_runs(p.out, [record["fingerprint"] for record in records])
+    return records.count(None)
 
 
 class Cell(NamedTuple):
@@ -80,12 +81,8 @@ class Cell(NamedTuple):
     programs: dict  # graphdef -> Program: a random choice of layers may differ by seed
 
     def run(self, run: Run) -> dict:
-        """The record of this run, from disk when it is finished, else made now."""
+        """Do this run, from its newest checkpoint where there is one, and write it; its record."""
         p = self.prepared
-        finished = results.finished(p.out, run_fingerprint(p, run))
-        if finished is not None:
-            self.progress.skip(self.steps)
-            return finished
         method = METHODS[self.spec.name](**self.spec.options())
         key = jax.random.key(run.seed)
         graphdef, trainable, frozen = method.split(key, p.model)
@@ -100,6 +97,12 @@ class Cell(NamedTuple):
         batches = train_batches(self.train_sequences, p.study.train, run.seed, p.text.pad_id)
         record["padding_fraction"] = round(batches.padding_fraction(), 4)
         log, label = [], f"{run.label} lr {run.learning_rate:g} seed {run.seed} ({run.kind})"
+        checkpoints = Checkpoints(
+            p.out / "checkpoints" / record["fingerprint"],
+            record["fingerprint"],
+            seconds=p.study.train.checkpoint_seconds,
+            note=self.progress.note,
+        )
         try:
             fitted = fit(
                 p.study.train,
@@ -116,20 +119,24 @@ class Cell(NamedTuple):
                 ),
                 log=progress_log(self.progress, label, log),
                 key=key,
+                checkpoints=checkpoints,
             )
         except train.DivergedError as error:
             self.progress.note(f"{label}: diverged, {error}")
             record["diverged"] = {"step": error.step, "loss": str(error.loss)}
             results.write_run(p.out, record, log)
+            checkpoints.remove()
             return record
         record |= {
             "num_steps": fitted.num_steps,
             "best_step": fitted.best_step,
             "validation_loss": fitted.validation_loss,
             "tokens_per_second": round(fitted.tokens_per_second, 1),
+            "resumed_at": fitted.resumed_at,
         }
         record["seconds"]["train"] = round(fitted.seconds, 3)
         self.finish(run, record, log, program, fitted, frozen, label)
+        checkpoints.remove()
         return record
 
     def finish(self, run, record, log, program, fitted, frozen, label) -> None:
@@ -194,16 +201,15 @@ def new_record(p: Prepared, run: Run, method: Method | None, trainable, frozen) 
     }
 
 
-def run_base(p: Prepared, note: Callable) -> str:
-    """Measure the base model itself."""
+def run_base(p: Prepared, note: Callable) -> dict:
+    """Measure the base model itself; its record."""
     record = new_record(p, Run("base", None, None, None), None, (), p.model.params)
-    if results.finished(p.out, record["fingerprint"]) is None:
-        began = time.perf_counter()
-        arrays, completions = measure(p, bind(p.model.graphdef), (p.model.params,))
-        record["seconds"]["evaluate"] = round(time.perf_counter() - began, 3)
-        results.write_run(p.out, record, [], arrays, completions)
-        note(f"base: {summary(record, arrays)}")
-    return record["fingerprint"]
+    began = time.perf_counter()
+    arrays, completions = measure(p, bind(p.model.graphdef), (p.model.params,))
+    record["seconds"]["evaluate"] = round(time.perf_counter() - began, 3)
+    results.write_run(p.out, record, [], arrays, completions)
+    note(f"base: {summary(record, arrays)}")
+    return record
 
 
 def describe(p: Prepared) -> None:

@@ -15,10 +15,12 @@ import jax.numpy as jnp
 from jax_lowrank import data, models, provenance, results, tasks, train
 from jax_lowrank.adapt import METHODS
 from jax_lowrank.adapt.method import count
+from jax_lowrank.checkpoint import Checkpoints
 from jax_lowrank.config import ConfigError, Study, fingerprint, nearest, require
 from jax_lowrank.progress import Progress, clock
 from jax_lowrank.study.training import fit, make_program, mean_nll, progress_log, train_batches
 from jax_lowrank.tasks import scorers
+from jax_lowrank.workers import has_locks, turn
 
 PROMPT_SPLITS = ("tuned", "transfer")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
@@ -65,6 +67,8 @@ def prepare(study: Study, out: Path, note: Callable[[str], None]) -> Prepared:
     Raises ValueError (ConfigError, TaskError, WeightsError, ...) or OSError, in one sentence.
     """
     check_writable(out)
+    if not has_locks(out / "claims"):
+        note(f"{out} has no file locks: run one worker at a time there")
     task = make_task(study)
     scorer = (
         scorers.load(study.task.scorer)
@@ -96,7 +100,7 @@ def check_writable(out: Path) -> None:
         out.mkdir(parents=True, exist_ok=True)
         probe = out / ".writable"
         probe.write_text("")
-        probe.unlink()
+        probe.unlink(missing_ok=True)  # another worker's may have been the same file
     except OSError as error:
         raise results.ResultsError(f"cannot write to {out}: {error.strerror}") from error
 
@@ -194,9 +198,19 @@ def pretrain(study: Study, task, text: Text, out: Path, note: Callable) -> Path:
         study.model, spec, tasks.data_hash(task), provenance.code_hash(), study.tune_seed
     )
     final = out / "base" / name
-    if (final / "config.json").is_file():
-        note(f"base model: found {final}")
-        return final
+    waiting = f"base model: another worker makes {final}"
+    with turn(out / "claims" / f"base-{name}", lambda: note(waiting)):
+        if (final / "config.json").is_file():
+            note(f"base model: found {final}")
+        else:
+            results.clear_partial(final)
+            make_base(study, task, text, final, note)
+    return final
+
+
+def make_base(study: Study, task, text: Text, final: Path, note: Callable) -> None:
+    """Pretrain the base model, and write it to `final`."""
+    spec, out = study.pretrain, final.parents[1]
     model = new_model(study, text.vocab_size)
     method = METHODS["full"]()
     graphdef, trainable, frozen = method.split(jax.random.key(study.tune_seed), model)
@@ -206,6 +220,12 @@ def pretrain(study: Study, task, text: Text, out: Path, note: Callable) -> Path:
         encode(task.splits["pretrain"].texts), spec, study.tune_seed, text.pad_id
     )
     program = make_program(spec, method, graphdef, trainable)
+    checkpoints = Checkpoints(
+        out / "checkpoints" / f"base-{final.name}",
+        final.name,
+        seconds=spec.checkpoint_seconds,
+        note=note,
+    )
     note(f"pretraining {model.family}, {count(trainable):,} parameters")
     with Progress(train.num_steps(batches, spec.epochs)) as progress:
         fitted = fit(
@@ -224,6 +244,7 @@ def pretrain(study: Study, task, text: Text, out: Path, note: Callable) -> Path:
             ),
             log=progress_log(progress, "pretraining"),
             key=jax.random.key(study.tune_seed),
+            checkpoints=checkpoints,
         )
     note(f"pretrained in {clock(fitted.seconds)}: {fitted.validation_loss:.3f} nats per token")
 
@@ -237,4 +258,5 @@ def pretrain(study: Study, task, text: Text, out: Path, note: Callable) -> Path:
         }
         (directory / "pretrain.json").write_text(json.dumps(summary))
 
-    return results.write_directory(final, write)
+    results.write_directory(final, write)
+    checkpoints.remove()

@@ -10,6 +10,7 @@ import jax
 
 from jax_lowrank import data, infer, train
 from jax_lowrank.adapt.method import Method, bind, count, dtypes
+from jax_lowrank.checkpoint import Checkpoints
 from jax_lowrank.config import TrainSpec
 from jax_lowrank.progress import Progress
 
@@ -39,6 +40,7 @@ def fit(
     log: Callable,
     key,
     loss: Callable = train.causal_lm_loss,
+    checkpoints: Checkpoints | None = None,
 ) -> train.Fitted:
     """`train.fit` with the settings of a TrainSpec."""
     steps = train.num_steps(batches, spec.epochs)
@@ -55,6 +57,7 @@ def fit(
         accumulate=spec.accumulate,
         steps_per_call=spec.steps_per_call,
         key=key,
+        checkpoints=checkpoints,
     )
 
 
@@ -91,9 +94,13 @@ def progress_log(progress: Progress, label: str, keep: list[dict] | None = None)
 
     def log(line: dict) -> None:
         nonlocal seen
+        resumed = line.get("resumed", False)
         if keep is not None:
-            keep.append(line)
-        if "loss" in line:
+            keep.append({name: value for name, value in line.items() if name != "resumed"})
+        if "loss" in line and resumed:
+            progress.skip(line["step"] - seen)
+            seen = line["step"]
+        elif "loss" in line:
             progress.advance(
                 line["step"] - seen,
                 f"{label}  step {line['step']}/{line['num_steps']}  loss {line['loss']:.3f}"

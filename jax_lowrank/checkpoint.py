@@ -1,0 +1,361 @@
+"""Checkpoints of one run: written in the background, verified on disk, continued from bit by bit.
+
+DIRECTORY/STEP/ is one checkpoint. state/ is Orbax's; manifest.json comes last and makes it whole:
+it carries the run's fingerprint, what is not an array, and the SHA-256 of every file. A directory
+without a manifest, or with one that does not fit, is refused by name and never loaded.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import hashlib
+import json
+import os
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from orbax.checkpoint import v1 as ocp
+
+MANIFEST = "manifest.json"
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class CheckpointError(OSError):
+    """A checkpoint could not be written, or is not one of this run; the message names it."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal asked training to stop. What was done is on disk; the same command goes on."""
+
+
+class Saved(NamedTuple):
+    """What a checkpoint holds: a tree like the one that was asked for, and plain values."""
+
+    state: Any
+    facts: dict[str, Any]
+
+
+class Checkpoints:
+    """The checkpoints of one run in `directory`; the newest `keep` good ones stay.
+
+    seconds: between two saves; what is lost when the process is killed. note: gets a line for
+    everything that is refused. Inside `with`, SIGTERM and SIGINT only set `asked`: the training
+    loop saves and raises Interrupted. A second signal ends the process at once. A save that fails
+    in the background raises CheckpointError at the next `due`, or when the block is left.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        fingerprint: str,
+        *,
+        seconds: float = 60.0,
+        note: Callable[[str], None] = lambda line: None,
+        keep: int = 2,
+    ):
+        self.directory, self.fingerprint = Path(directory).absolute(), fingerprint
+        self.seconds, self.note, self.keep = seconds, note, keep
+        self.asked = False
+        self._newest = -1  # the step of the newest good one
+        self._writer: threading.Thread | None = None
+        self._error: Exception | None = None
+        self._last = time.monotonic()
+
+    def __enter__(self) -> Checkpoints:
+        self._last = time.monotonic()
+        self._signals = contextlib.ExitStack()
+        self._signals.enter_context(_caught(self._ask))
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        with self._signals:
+            self._join()
+            if kind is not None and self._error is not None:  # beside what ended the block
+                self.note(str(self._error))
+        if kind is None:
+            self.check()
+            if self.asked:  # too late for the loop to see
+                raise Interrupted("stopped at the end of training")
+
+    def _ask(self) -> None:
+        self.asked = True
+
+    # ---------------------------------------------------------------------------------- saving
+
+    def due(self) -> bool:
+        """Whether to save now: the time is over, or a signal asked for it.
+
+        Raises CheckpointError where the last save failed. Several processes answer alike.
+        """
+        self.check()
+        busy = self._writer is not None and self._writer.is_alive()
+        now = self.asked or (not busy and time.monotonic() - self._last >= self.seconds)
+        if jax.process_count() > 1:
+            from jax.experimental import multihost_utils
+
+            flags = np.array([now, self.asked])
+            now, self.asked = multihost_utils.process_allgather(flags).any(0).tolist()
+        return now
+
+    def check(self) -> None:
+        """Raise what went wrong in the background, once."""
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+    def save(self, step: int, state: Any, facts: Mapping[str, Any]) -> None:
+        """Begin to save a tree of arrays and what JSON can hold; returns when it is copied.
+
+        Both may be changed afterwards, and jax arrays donated.
+        """
+        self.wait()
+        if step == self._newest:
+            return
+        path = self.directory / f"{step:08d}"
+        host = {name: _copied(leaf) for name, leaf in _named(state).items()}
+        try:
+            if jax.process_index() == 0:
+                self.directory.mkdir(parents=True, exist_ok=True)
+                _delete(path)  # one that was refused
+            response = ocp.save_async(path, host)
+        except Exception as error:
+            raise self._failed(path, error) from error
+        content = {
+            "fingerprint": self.fingerprint,
+            "step": step,
+            "facts": copy.deepcopy(dict(facts)),
+        }
+        arguments = (path, response, host, content | {"environment": environment()})
+        self._writer = threading.Thread(target=self._finish, args=arguments)
+        self._writer.start()
+
+    def _finish(self, path: Path, response, host: dict, content: dict) -> None:
+        """In the background: wait for Orbax, read back what it wrote, and only then sign it."""
+        try:
+            response.result()
+            if not any(isinstance(leaf, jax.Array) for leaf in host.values()):
+                _compare(path, host)
+            if jax.process_index() == 0:
+                content["files"] = _hashes(path)
+                _write_manifest(path, content)
+                self._read(path)
+                self._sweep(path)
+            self._newest, self._last = content["step"], time.monotonic()
+        except Exception as error:
+            self._error = self._failed(path, error)
+
+    def _failed(self, path: Path, error: Exception) -> CheckpointError:
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        return CheckpointError(f"checkpoint {path} could not be saved: {reason}")
+
+    def _sweep(self, newest: Path) -> None:
+        """Delete all but the newest good ones. `newest` has just been verified, and stays."""
+        signed = [path for path in self._found() if (path / MANIFEST).is_file()]
+        older = [path for path in signed if path != newest and path.name < newest.name]
+        keep = {newest, *older[: self.keep - 1]}
+        for path in self._found():
+            if path not in keep:
+                _delete(path)
+
+    def wait(self) -> None:
+        """Until the save that is under way is verified; raises CheckpointError where it failed."""
+        self._join()
+        self.check()
+
+    def _join(self) -> None:
+        if self._writer is not None:
+            self._writer.join()
+            self._writer = None
+
+    def remove(self) -> None:
+        """Delete all of them: the run is finished."""
+        self._join()
+        for path in self._found():
+            _delete(path)
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+    # ------------------------------------------------------------------------------- restoring
+
+    def restore(self, like: Any) -> Saved | None:
+        """The newest good checkpoint as a tree like `like`, or None where there is none.
+
+        Arrays get the shapes, dtypes and shardings of those in `like`; NumPy arrays stay on the
+        host. What is damaged, unfinished or of another run is named in a note and passed over.
+        """
+        for path in self._found():
+            try:
+                content = self._read(path)
+                state = _load(path, like)
+            except Exception as error:  # whatever is wrong with one, an older one may be good
+                reason = " ".join(str(error).split())[:300]
+                self.note(f"checkpoint {path} is not used: {reason}")
+                continue
+            self._newest = content["step"]
+            if content["environment"] != environment():
+                was, now = (_phrase(e) for e in (content["environment"], environment()))
+                self.note(f"saved on {was}, continued on {now}: equal, but not to the last bit")
+            return Saved(state, content["facts"])
+        return None
+
+    def _found(self) -> list[Path]:
+        """All that lies in the directory, newest first; read from disk every time."""
+        return sorted(self.directory.glob("*"), reverse=True)
+
+    def _read(self, path: Path) -> dict:
+        """The manifest of a whole checkpoint of this run; CheckpointError says what it is else."""
+        if not (path / MANIFEST).is_file():
+            raise CheckpointError("its save was not finished")
+        try:
+            manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+            content = manifest["content"]
+        except (ValueError, KeyError, TypeError):
+            raise CheckpointError(f"{MANIFEST} is damaged") from None
+        if manifest.get("sha256") != _digest(content):
+            raise CheckpointError(f"{MANIFEST} is damaged")
+        if content["fingerprint"] != self.fingerprint:
+            raise CheckpointError(f"it is of run {content['fingerprint']}, not {self.fingerprint}")
+        for name, wanted in content["files"].items():
+            file = path / name
+            if not file.is_file():
+                raise CheckpointError(f"{name} is missing")
+            if _hash(file) != wanted:
+                raise CheckpointError(f"{name} is damaged")
+        return content
+
+
+def environment() -> dict[str, Any]:
+    """What a continued run shares with its beginning where it is to be equal to the last bit."""
+    device = jax.devices()[0]
+    return {"jax": jax.__version__, "device": device.device_kind, "count": jax.device_count()}
+
+
+def _phrase(e: dict) -> str:
+    return f"{e['count']} x {e['device']}, jax {e['jax']}"
+
+
+def _named(tree: Any) -> dict[str, Any]:
+    """Leaves by path, such as trainable.blocks.attn.q.kernel.value, in the tree's order."""
+    flat, _ = jax.tree_util.tree_flatten_with_path(tree)
+    names = {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in flat}
+    assert len(names) == len(flat), "two leaves share a name"
+    return names
+
+
+def _copied(leaf: Any) -> Any:
+    """The array on the host; one that is spread over processes stays where it is."""
+    spread = isinstance(leaf, jax.Array) and not leaf.is_fully_addressable
+    return leaf if spread else np.asarray(leaf)
+
+
+def _abstract(leaf: Any) -> Any:
+    """What Orbax restores a leaf like this one from: where it shall lie, shape and dtype.
+
+    An array that was never put anywhere comes back over the host: were it committed to its device,
+    the train step would compile a second time.
+    """
+    if isinstance(leaf, jax.Array) and leaf.committed:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+    return np.empty(leaf.shape, leaf.dtype)
+
+
+def _load(path: Path, like: Any) -> Any:
+    named = _named(like)
+    loaded = ocp.load(path, {name: _abstract(leaf) for name, leaf in named.items()})
+    for name, leaf in named.items():
+        if (loaded[name].shape, loaded[name].dtype) != (leaf.shape, leaf.dtype):
+            raise CheckpointError(f"{name} has another shape or dtype")
+        if isinstance(leaf, jax.Array) and not isinstance(loaded[name], jax.Array):
+            loaded[name] = jnp.array(loaded[name], copy=True)
+    return jax.tree.unflatten(jax.tree.structure(like), [loaded[name] for name in named])
+
+
+def _compare(path: Path, host: dict[str, np.ndarray]) -> None:
+    """Raise CheckpointError unless the disk holds the very bits of `host`."""
+    loaded = ocp.load(path, {name: np.empty(leaf.shape, leaf.dtype) for name, leaf in host.items()})
+    for name, leaf in host.items():
+        if np.asarray(loaded[name]).tobytes() != leaf.tobytes():
+            raise CheckpointError(f"{name} reads back differently")
+
+
+def _hashes(path: Path) -> dict[str, str]:
+    """SHA-256 of every file below `path`, by relative name."""
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    return {file.relative_to(path).as_posix(): _hash(file) for file in files}
+
+
+def _hash(file: Path) -> str:
+    with file.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def _digest(content: dict) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _write_manifest(path: Path, content: dict) -> None:
+    """Appears whole, after everything that it vouches for."""
+    partial = path / f".{MANIFEST}"
+    with partial.open("w", encoding="utf-8") as handle:
+        json.dump({"sha256": _digest(content), "content": content}, handle)
+        handle.flush()
+        os.fsync(handle.fileno())
+    os.replace(partial, path / MANIFEST)
+
+
+def _delete(path: Path) -> None:
+    """The manifest first: what is deleted half is not a checkpoint any more."""
+    if path.is_dir():
+        (path / MANIFEST).unlink(missing_ok=True)
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _caught(ask: Callable[[], None]):
+    """The first SIGTERM or SIGINT calls `ask`; the second ends the process with 128 + its number.
+
+    A thread listens: Python's own handlers wait until a compiled call returns. Elsewhere than in
+    the main thread, signals are left alone.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+
+    def listen() -> None:
+        asked = False
+        while (byte := os.read(reader, 1)) != b"\0":
+            if byte[0] not in SIGNALS:
+                continue
+            if asked:
+                os._exit(128 + byte[0])
+            asked = True
+            os.write(2, b"stopping: saving a checkpoint; once more to stop at once\n")
+            ask()
+
+    listener = threading.Thread(target=listen, daemon=True)
+    listener.start()
+    # Their handler asks as well: an event loop may have taken over the pipe for a moment.
+    previous = {number: signal.signal(number, lambda *_: ask()) for number in SIGNALS}
+    wakeup = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(wakeup)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+        os.write(writer, b"\0")
+        listener.join()
+        os.close(reader)
+        os.close(writer)

@@ -1,0 +1,198 @@
+"""Real processes, killed at random: what they leave, and what the next one makes of it."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny_text
+from test_study import CONFIG, outputs
+
+from jax_lowrank import results
+
+ROOT = Path(__file__).parents[1]
+SEEDS = {"save": range(7), "finalise": range(7, 12), "delete": range(12, 18), "run": range(18, 26)}
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory):
+    """Compiled programs are shared by all of the processes here."""
+    cache = tmp_path_factory.mktemp("compiled")
+    return {
+        **os.environ,
+        "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "XDG_CACHE_HOME": str(cache),
+        "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",  # or the command starts itself again
+        "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
+        "OMP_NUM_THREADS": "1",
+    }
+
+
+def killed(folder, environment, stage="none", number=1, seconds=0.0):
+    """Run tests/killed.py; its exit code, -9 for a kill."""
+    line = [sys.executable, ROOT / "tests" / "killed.py", folder, stage, number, seconds]
+    done = subprocess.run([*map(str, line)], env=environment, capture_output=True, text=True)
+    assert done.returncode in (0, -signal.SIGKILL), done.stderr
+    return done.returncode
+
+
+def same(one, other):
+    """Whether two sessions ended with the same bits."""
+    with np.load(f"{one}.npz") as a, np.load(f"{other}.npz") as b:
+        assert a.files == b.files and len(a.files) > 20
+        return all(a[name].tobytes() == b[name].tobytes() for name in a.files)
+
+
+@pytest.mark.slow
+def test_a_run_killed_at_random_points_ends_with_the_same_bits(tmp_path, environment):
+    assert killed(tmp_path / "whole", environment) == 0
+    plans = [(seed, stage) for stage, seeds in SEEDS.items() for seed in seeds]
+    random.Random(0).shuffle(plans)
+    kills, chain, folder = [], 0, tmp_path / "chain-0"
+    for seed, stage in plans:
+        rng = random.Random(seed)
+        seconds = rng.uniform(0, {"save": 0.04, "run": 2.5}.get(stage, 0.01))
+        if killed(folder, environment, stage, rng.randint(1, 4), seconds) == 0:
+            assert same(folder, tmp_path / "whole")  # it was over before
+            chain, folder = chain + 1, tmp_path / f"chain-{chain + 1}"
+        else:
+            kills.append((stage, seed))
+    assert killed(folder, environment) == 0 and same(folder, tmp_path / "whole")
+    print(f"{len(kills)} kills: {kills}")
+    assert len(kills) >= 20
+    assert {stage for stage, _ in kills} == set(SEEDS)
+
+
+def study(config, out, environment, *arguments):
+    """A worker on the study, and the file that it writes its lines to."""
+    log = open(out.parent / f"worker-{time.monotonic_ns()}.log", "w")  # noqa: SIM115
+    line = [sys.executable, "-m", "jax_lowrank", "study", config, "--out", out, *arguments]
+    return subprocess.Popen([*map(str, line)], env=environment, stdout=log, stderr=log, cwd=ROOT)
+
+
+@pytest.mark.slow
+def test_four_workers_and_random_kills_do_every_run_once(tmp_path, environment):
+    (tmp_path / "tiny.py").write_text(CONFIG)
+    rng, out = random.Random(7), tmp_path / "many" / "out"
+    out.parent.mkdir()
+    (tmp_path / "one").mkdir()
+    fast = ["--train.checkpoint-seconds", "0", "--pretrain.checkpoint-seconds", "0"]
+    environment = {**environment, "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false"}
+    one = study(tmp_path / "tiny.py", tmp_path / "one" / "out", environment, *fast)
+    assert one.wait(300) == 0
+    workers = [study(tmp_path / "tiny.py", out, environment, *fast) for _ in range(4)]
+    num_killed, deadline = 0, time.monotonic() + 300
+    while any(worker.poll() is None for worker in workers):
+        assert time.monotonic() < deadline
+        time.sleep(rng.uniform(1, 4))
+        victim = rng.randrange(4)
+        if num_killed < 6 and workers[victim].poll() is None:
+            workers[victim].kill()
+            workers[victim].wait()
+            num_killed += 1
+            workers[victim] = study(tmp_path / "tiny.py", out, environment, *fast)
+    logs = [path.read_text() for path in out.parent.glob("worker-*.log")]
+    assert [worker.returncode for worker in workers] == [0] * 4, logs
+    assert num_killed >= 4
+    expected, found = outputs(tmp_path / "one" / "out"), outputs(out)
+    assert found.keys() == expected.keys() and len(found) == 5
+    for name, run in expected.items():
+        assert found[name].completions == run.completions
+        for key, array in run.arrays.items():
+            assert found[name].arrays[key].tobytes() == array.tobytes(), key
+    lines = [line for log in logs for line in log.splitlines() if "lr " in line and "seed" in line]
+    over = [line for line in lines if "harm" in line or ": validation loss" in line]
+    assert len(over) == len({line.split(":")[0] for line in over}), over
+    assert len(json.loads((out / "runs.json").read_text())) == 8
+    assert not any((out / "checkpoints").iterdir()) and not list(out.rglob(".partial-*"))
+    assert len(results.read_study(out).runs) == 8
+
+
+@pytest.fixture(scope="module")
+def finetuning(tmp_path_factory, environment):
+    """Starts `finetune` on a tiny checkpoint; arguments: where to, and further flags."""
+    folder = tmp_path_factory.mktemp("finetuning")
+    tiny_text.checkpoint(folder / "model")
+    tiny_text.jsonl(folder / "pairs.jsonl", tiny_text.pairs(200))
+
+    def start(out, *flags):
+        line = [sys.executable, "-m", "jax_lowrank", "finetune", "--model", folder / "model"]
+        line += ["--data", folder / "pairs.jsonl", "--out", out, "--epochs", 60, "--rank", 2]
+        line += ["--learning-rate", 0.01, "--max-length", 16, *flags]
+        return subprocess.Popen(
+            [*map(str, line)], env=environment, stderr=subprocess.PIPE, text=True, cwd=ROOT
+        )
+
+    return start
+
+
+def stopped(process):
+    """(exit code, what is said) of training that is told to stop once it has begun."""
+    for line in process.stderr:
+        if "steps]" in line:
+            break
+    process.send_signal(signal.SIGTERM)
+    said = process.stderr.read()
+    return process.wait(60), said
+
+
+@pytest.mark.slow
+def test_a_signal_stops_finetune_and_the_same_command_goes_on(tmp_path, finetuning):
+    assert finetuning(tmp_path / "whole").wait(120) == 0
+    code, said = stopped(finetuning(tmp_path / "out"))
+    assert code == 75 and "stopped after step" in said and "same command goes on" in said
+    assert not (tmp_path / "out").exists() and (tmp_path / "out.checkpoints").is_dir()
+    assert finetuning(tmp_path / "out").wait(120) == 0
+    assert not (tmp_path / "out.checkpoints").exists()
+    whole, out = ({p.name: p for p in (tmp_path / n).iterdir()} for n in ("whole", "out"))
+    assert whole.keys() == out.keys()
+    weights = "trainable.safetensors"
+    assert whole[weights].read_bytes() == out[weights].read_bytes()
+    with np.load(whole["predictions.npz"]) as a, np.load(out["predictions.npz"]) as b:
+        assert a.files == b.files
+        assert all(a[name].tobytes() == b[name].tobytes() for name in a.files)
+    records = [json.loads(found["record.json"].read_text()) for found in (whole, out)]
+    assert records[0]["metrics"] == records[1]["metrics"]
+    assert records[0]["resumed_at"] == [] and len(records[1]["resumed_at"]) == 1
+    logs = [
+        [json.loads(line) for line in found["log.jsonl"].read_text().splitlines()]
+        for found in (whole, out)
+    ]
+    for log in logs:
+        for line in log:
+            line.pop("tokens_per_second", None)
+    assert logs[0] == logs[1]
+
+
+LONG = """
+import jax
+from jax_lowrank.checkpoint import Checkpoints
+with Checkpoints("nowhere", "f") as checkpoints:
+    print("begins", flush=True)
+    long = jax.jit(lambda x: jax.lax.fori_loop(0, 2**31 - 1, lambda i, y: y * 0.9 + i, x))
+    print(float(long(1.0)))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_ends_even_a_compiled_call(environment, number):
+    line = [sys.executable, "-c", LONG]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(line, env=environment, **pipes) as process:
+        assert process.stdout.readline() == "begins\n"
+        time.sleep(0.5)
+        process.send_signal(number)
+        assert "once more to stop at once" in process.stderr.readline()
+        time.sleep(0.3)
+        assert process.poll() is None
+        process.send_signal(number)
+        assert process.wait(5) == 128 + number
