@@ -297,9 +297,8 @@ def test_a_continued_run_is_the_run_that_was_never_interrupted(tmp_path):
     assert (result.best_step, result.resumed_at) == (plain.best_step, ())
     expected = final_hashes(tmp_path / "whole")
     # Stopped within an epoch, and on both sides of a validation.
-    validated = next(
-        n for n, line in enumerate(lines, 1) if line["step"] == 5 and "loss" not in line
-    )
+    losses = [(line["step"], "validation_loss" in line) for line in lines]
+    validated = losses.index((5, True)) + 1
     resumed_at = set()
     for number in (2, validated, validated + 1, len(lines) - 1):
         folder = tmp_path / str(number)
