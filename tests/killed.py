@@ -13,6 +13,7 @@ import signal
 import sys
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 from test_checkpoint import final_hashes, outputs, session
@@ -57,7 +58,7 @@ def slow_delete(path):
 
 def main(folder, stage, number, seconds):
     """One session, to its end or to its death."""
-    number, seconds = int(number), float(seconds)
+    folder, number, seconds = Path(folder), int(number), float(seconds)
     if stage == "save":
         checkpoint.ocp.save_async = dying(checkpoint.ocp.save_async, number, seconds)
     elif stage == "finalise":
@@ -67,7 +68,7 @@ def main(folder, stage, number, seconds):
     elif stage == "run":
         kill_in(seconds)
     notes = []
-    result, _ = session(checkpoint.Path(folder), steps=STEPS, notes=notes)
+    result, _ = session(folder, steps=STEPS, notes=notes)
     graphdef, _, frozen, _ = lora_with_dropout()
     batches = [corpus().batch(t) for t in range(5)]
     rows = [outputs(apply_of(graphdef), result.trainable, frozen, batch) for batch in batches]

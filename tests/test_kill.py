@@ -74,9 +74,10 @@ def test_a_run_killed_at_random_points_ends_with_the_same_bits(tmp_path, environ
 
 def study(config, out, environment, *arguments):
     """A worker on the study, and the file that it writes its lines to."""
-    log = open(out.parent / f"worker-{time.monotonic_ns()}.log", "w")  # noqa: SIM115
     line = [sys.executable, "-m", "jax_lowrank", "study", config, "--out", out, *arguments]
-    return subprocess.Popen([*map(str, line)], env=environment, stdout=log, stderr=log, cwd=ROOT)
+    with open(out.parent / f"worker-{time.monotonic_ns()}.log", "w") as log:
+        streams = {"stdout": log, "stderr": log}
+        return subprocess.Popen([*map(str, line)], env=environment, cwd=ROOT, **streams)
 
 
 @pytest.mark.slow
@@ -137,21 +138,29 @@ def finetuning(tmp_path_factory, environment):
 
 def stopped(process):
     """(exit code, what is said) of training that is told to stop once it has begun."""
-    for line in process.stderr:
-        if "steps]" in line:
-            break
-    process.send_signal(signal.SIGTERM)
-    said = process.stderr.read()
-    return process.wait(60), said
+    with process:
+        for line in process.stderr:
+            if "steps]" in line:
+                break
+        process.send_signal(signal.SIGTERM)
+        said = process.stderr.read()
+        return process.wait(60), said
+
+
+def finished(process):
+    """The exit code at the end."""
+    with process:
+        process.communicate(timeout=120)
+        return process.returncode
 
 
 @pytest.mark.slow
 def test_a_signal_stops_finetune_and_the_same_command_goes_on(tmp_path, finetuning):
-    assert finetuning(tmp_path / "whole").wait(120) == 0
+    assert finished(finetuning(tmp_path / "whole")) == 0
     code, said = stopped(finetuning(tmp_path / "out"))
     assert code == 75 and "stopped after step" in said and "same command goes on" in said
     assert not (tmp_path / "out").exists() and (tmp_path / "out.checkpoints").is_dir()
-    assert finetuning(tmp_path / "out").wait(120) == 0
+    assert finished(finetuning(tmp_path / "out")) == 0
     assert not (tmp_path / "out.checkpoints").exists()
     whole, out = ({p.name: p for p in (tmp_path / n).iterdir()} for n in ("whole", "out"))
     assert whole.keys() == out.keys()
