@@ -33,6 +33,7 @@ ALLOWED = {
     "adapt": ("adapt",),
     "evaluation.intervals": (),
     "evaluation": ("evaluation.intervals",),
+    "evaluation.subgroups": ("evaluation",),  # puts the parts together
     "report": ("report", "evaluation", "results"),
     "tasks": ("tasks", "data"),
     "train": ("adapt.method", "sharding", "checkpoint", "data"),

@@ -203,5 +203,7 @@ def test_adjusted_p_equals_statsmodels(name):
     holed = adjust([*frozen["p"][:3], np.nan, *frozen["p"][3:]])
     np.testing.assert_allclose(np.delete(holed, 3), frozen[name], atol=1e-15)
     assert np.isnan(holed[3]) and np.isnan(adjust([np.nan])).all() and adjust([]).size == 0
-    with pytest.raises(ValueError, match="1-D"):
+    square = np.reshape(frozen["p"], (2, -1))  # groups by metrics: one family
+    np.testing.assert_allclose(adjust(square).ravel(), frozen[name], atol=1e-15)
+    with pytest.raises(ValueError, match=r"in \[0, 1\]"):
         adjust([1.5])

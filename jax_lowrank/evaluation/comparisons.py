@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from scipy.special import stdtr, stdtrit
+from scipy.special import ndtr, stdtr, stdtrit
 
 from jax_lowrank.evaluation import intervals
 
@@ -20,7 +20,7 @@ class Difference(NamedTuple):
 
     `p` speaks of these seeds only, `p_new_seeds` of seeds like them (see `paired_difference`).
     `num_missing` (seed, item) pairs were left out. `reason` says why a number is NaN, `note` what a
-    reader must know about numbers that are defined.
+    reader must know about numbers that are defined. `error` and `freedom` are for `equivalence`.
     """
 
     estimate: float
@@ -34,6 +34,21 @@ class Difference(NamedTuple):
     num_missing: int
     reason: str
     note: str
+    error: float = np.nan
+    freedom: float = np.nan
+
+
+class Equivalence(NamedTuple):
+    """Two one-sided tests: `p` < 0.05 says that the effect lies within +-margin, at level 5 %.
+
+    p is the larger of p_low (effect <= -margin) and p_high (effect >= margin).
+    """
+
+    p: float
+    p_low: float
+    p_high: float
+    margin: float
+    reason: str
 
 
 class Gap(NamedTuple):
@@ -165,18 +180,37 @@ def gap_permutation(
     return Gap(gap, float(null.mean()), p, *facts, missing, num_permutations, "")
 
 
-def holm(p) -> np.ndarray:
-    """Holm's adjusted p-values (m,): family-wise error; NaN stays NaN and is not a test.
+def equivalence(estimate: float, error: float, margin: float, freedom=np.inf) -> Equivalence:
+    """Is the effect smaller than `margin` in size? Not 'is there no effect', which no test shows.
 
-    For a few primary claims. Holm, Scand. J. Statist. 6 (1979).
+    error: standard error of the estimate; freedom: of Student's t, inf for the normal: both are
+    fields of a `Difference`. margin > 0, fixed before looking, in the unit of the estimate. p < a
+    says the same as a 1 - 2a interval within the margin. Schuirmann (1987).
+    """
+    if not margin > 0:
+        raise ValueError(f"margin must be above 0, in the unit of the effect, not {margin}")
+    if np.isnan(estimate) or not error > 0:
+        return Equivalence(np.nan, np.nan, np.nan, margin, "the effect has no standard error")
+    lower, upper = ((sign * estimate + margin) / error for sign in (1, -1))
+    normal = np.isinf(freedom)
+    p_low, p_high = (float(ndtr(-t) if normal else stdtr(freedom, -t)) for t in (lower, upper))
+    return Equivalence(max(p_low, p_high), p_low, p_high, margin, "")
+
+
+def holm(p) -> np.ndarray:
+    """Holm's adjusted p-values: family-wise error; NaN stays NaN and is not a test.
+
+    p of any shape (say groups, metrics, methods) is one family of tests. For a few primary claims.
+    Holm, Scand. J. Statist. 6 (1979).
     """
     return _adjusted(p, lambda ranked, m: np.maximum.accumulate(ranked * (m - np.arange(m))))
 
 
 def benjamini_hochberg(p) -> np.ndarray:
-    """Benjamini-Hochberg adjusted p-values (m,): false discovery rate; NaN stays and is no test.
+    """Benjamini-Hochberg adjusted p-values: false discovery rate; NaN stays and is no test.
 
-    For exploratory grids. Benjamini and Hochberg, J. R. Stat. Soc. B 57 (1995).
+    p of any shape is one family. For exploratory grids. Benjamini and Hochberg, J. R. Stat. Soc. B
+    57 (1995).
     """
 
     def step_up(ranked, m):
@@ -197,14 +231,14 @@ def _permuted_gaps(values, weights, index, num_permutations, seed) -> np.ndarray
 
 
 def _adjusted(p, rule) -> np.ndarray:
-    p = np.asarray(p, np.float64)
-    if p.ndim != 1 or np.any((p < 0) | (p > 1)):
-        raise ValueError(f"p must be a 1-D array of values in [0, 1] or NaN, not {p}")
+    shape, p = np.shape(p), np.ravel(np.asarray(p, np.float64))
+    if np.any((p < 0) | (p > 1)):
+        raise ValueError(f"p must be values in [0, 1] or NaN, not {p}")
     tests = np.flatnonzero(~np.isnan(p))
     order = tests[np.argsort(p[tests], kind="stable")]
     adjusted = np.full(p.shape, np.nan)
     adjusted[order] = np.minimum(rule(p[order], order.size), 1.0)
-    return adjusted
+    return adjusted.reshape(shape)
 
 
 def _effect(values, clusters, level, num_resamples, seed, method) -> Difference:
@@ -231,7 +265,8 @@ def _effect(values, clusters, level, num_resamples, seed, method) -> Difference:
         low, high = estimate - half, estimate + half
     two_sided = 2 * float(stdtr(freedom, -abs(estimate) / error))
     p_new_seeds = two_sided if num_seeds > 1 else np.nan
-    return Difference(estimate, float(low), float(high), p, p_new_seeds, *facts, "", note)
+    spread = (float(error), freedom)
+    return Difference(estimate, float(low), float(high), p, p_new_seeds, *facts, "", note, *spread)
 
 
 def _note(num_seeds: int, num_clusters: int, method: str) -> str:

@@ -1,0 +1,313 @@
+"""Calibration by group: how far stated probabilities are from observed shares.
+
+Everything comes from bins, counted once: arrays (..., G, B, 2) over groups, bins and label. A row
+is a probability p and an event y that it speaks of: P(y = 1) and the label where there are two
+classes, the largest probability and whether it was right (`probabilities.top_label`), or one class
+against the others. Bins are closed on the right, (a, b], and 0 belongs to the first. Host numpy,
+float64. An error of 0 is ideal but not what a calibrated model shows: the smaller the group, the
+larger the error by chance alone (0.13 with 100 rows in 15 bins), so read it beside `perfect`.
+"""
+
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+from scipy.special import bdtrik, gammaln, xlog1py, xlogy
+
+from jax_lowrank.evaluation.intervals import checked_level, divide, membership
+
+DRAWS = 400  # of each bin's noise behind `limits`
+STEPS = 14  # bisections of the scale there: 1e-4 of its range
+
+
+class Bins(NamedTuple):
+    """Sums over the rows of each bin, by label 0 and 1 on the last axis: (..., G, B, 2).
+
+    rows: numbers of rows. weight, probability: sums of w and w p. variance (..., G, B): sum of
+    w^2 p (1 - p), what chance alone adds to the sum of w y.
+    """
+
+    rows: np.ndarray
+    weight: np.ndarray
+    probability: np.ndarray
+    variance: np.ndarray
+
+
+class Perfect(NamedTuple):
+    """The error that perfectly calibrated probabilities show at this group's size, (..., G).
+
+    p: share of draws with an error at least as large as the observed one, in (0, 1].
+    """
+
+    mean: np.ndarray
+    p: np.ndarray
+
+
+class Limits(NamedTuple):
+    """Limits of the error without its noise, and its median-unbiased estimate, (..., G)."""
+
+    estimate: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+
+
+class Reliability(NamedTuple):
+    """The reliability curve (..., G, B): NaN in bins without rows.
+
+    probability, observed: weighted means of p and y. low, high: where the observed share of a
+    calibrated bin lies with probability `level` (Broecker and Smith 2007).
+    """
+
+    rows: np.ndarray
+    probability: np.ndarray
+    observed: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+
+
+class Decomposition(NamedTuple):
+    """Brier score = reliability - resolution + uncertainty + within, each (..., G).
+
+    Murphy (1973); `within` is what the bins hide (0 when p is constant in each). reliability: 0 is
+    ideal; resolution: as large as uncertainty is ideal.
+    """
+
+    reliability: np.ndarray
+    resolution: np.ndarray
+    uncertainty: np.ndarray
+    within: np.ndarray
+
+
+def bins(
+    p, y, groups, *, num_bins: int = 15, scheme: str = "width", weights=None, compat=None
+) -> Bins:
+    """Bins of p (..., N) in [0, 1] and y (..., N) or (N,) of 0 and 1; groups (N, G) bool.
+
+    scheme: 'width', bins of equal width; 'mass', of equal numbers of the group's rows, cut halfway
+    between neighbours, ties together. An all-true column of groups gives all rows. compat (equal
+    width only): 'netcal' closes bins on the left and the last on both sides; 'torchmetrics' gives
+    p = 1 a bin of its own. ValueError for NaN and for p outside [0, 1]: logits are not guessed.
+    """
+    groups, p = membership(groups), checked_probabilities(p)
+    y = np.broadcast_to(np.asarray(y), p.shape)
+    if p.shape[-1:] != groups.shape[:1]:
+        raise ValueError(f"p {p.shape} must end in the rows of groups {groups.shape}")
+    if not np.isin(y, (0, 1)).all():
+        raise ValueError("y must be 0 or 1: whether the event that p speaks of happened")
+    if num_bins < 1 or scheme not in ("width", "mass"):
+        raise ValueError(f"need num_bins >= 1 and scheme 'width' or 'mass', not {num_bins, scheme}")
+    weights = np.ones(len(groups)) if weights is None else np.asarray(weights, np.float64)
+    size = num_bins + (compat == "torchmetrics")
+    row, column = np.nonzero(groups)
+    shape = (groups.shape[1], size, 2)
+    runs = []
+    for chance, event in zip(p.reshape(-1, len(groups)), y.reshape(-1, len(groups))):
+        if scheme == "width":
+            index = _equal_width(chance, num_bins, compat)[row]
+        else:
+            index = _equal_mass(chance, groups, num_bins)[row, column]
+        place = (column * size + index) * 2 + event[row].astype(int)
+        p_row, w_row = chance.astype(np.float64)[row], weights[row]
+        sums = (None, w_row, w_row * p_row, w_row**2 * p_row * (1 - p_row))
+        runs.append([np.bincount(place, s, np.prod(shape)).reshape(shape) for s in sums])
+    rows, weight, total, variance = (
+        np.stack(part).reshape(*p.shape[:-1], *shape) for part in zip(*runs)
+    )
+    return Bins(rows.astype(np.int64), weight, total, variance.sum(-1))
+
+
+def calibration_error(found: Bins, norm: float = 1) -> np.ndarray:
+    """(sum_b w_b/W |share_b - p_b|^norm)^(1/norm), (..., G): 1 is the ECE, inf the maximum (MCE).
+
+    NaN for a group without rows.
+    """
+    weight = found.weight.sum(-1)
+    gap = np.abs(divide(_excess(found), weight))
+    return _norm(gap, weight, norm)
+
+
+def classwise_error(probabilities, labels, groups, *, norm: float = 1, **options) -> np.ndarray:
+    """Mean over classes of each class's error, (mean_k error_k^norm)^(1/norm): (..., G).
+
+    probabilities (..., N, C), labels (N,) in 0 .. C-1; options: those of `bins`. Kull et al.
+    (2019); the marginal calibration error of Kumar et al. (2019).
+    """
+    probabilities, labels = np.asarray(probabilities), np.asarray(labels)
+    errors = [
+        calibration_error(bins(probabilities[..., k], labels == k, groups, **options), norm)
+        for k in range(probabilities.shape[-1])
+    ]
+    if np.isinf(norm):
+        return np.max(errors, axis=0)
+    return np.mean(np.power(errors, norm), axis=0) ** (1 / norm)
+
+
+def corrected_error(found: Bins) -> np.ndarray:
+    """The error with norm 2 less what its bins show by chance, (..., G).
+
+    sqrt(max(0, sum_b n_b/N [(share_b - p_b)^2 - share_b (1 - share_b) / (n_b - 1)])), Kumar et al.
+    (2019). Bins of one row are left out, as in their code. Counts rows, not weights.
+    """
+    rows = found.rows.sum(-1)
+    share = divide(found.rows[..., 1], rows)
+    noise = divide(share * (1 - share), rows - 1)
+    square = divide(_excess(found), found.weight.sum(-1)) ** 2 - noise
+    total = rows.sum(-1)
+    square = np.where(rows > 1, square * rows, 0.0).sum(-1)
+    return np.sqrt(np.maximum(divide(square, total), 0.0))
+
+
+def perfect(found: Bins, norm: float = 1, *, num_draws: int = 1000, seed: int = 0) -> Perfect:
+    """What `calibration_error` is when every y is drawn with its own probability p.
+
+    Bins are drawn as binomial at their mean probability, scaled to the variance of their rows (the
+    probabilities in a bin differ little). With norm 1 the mean is exact for that distribution.
+    """
+    weight, rows = found.weight.sum(-1), found.rows.sum(-1)
+    mean = np.clip(divide(found.probability.sum(-1), weight), 0.0, 1.0)
+    binomial = rows * mean * (1 - mean)
+    scale = np.sqrt(divide(found.variance, binomial))
+    scale = np.where(np.isnan(scale), 0.0, scale)
+    rng, p = np.random.default_rng(seed), np.nan_to_num(mean)
+    observed = calibration_error(found, norm)
+    hits, total = np.zeros(observed.shape), np.zeros(observed.shape)
+    for _ in range(num_draws):
+        noise = np.abs(rng.binomial(rows, p) - rows * p) * scale
+        drawn = _norm(divide(noise, weight), weight, norm)
+        hits += drawn >= observed - 1e-12
+        total += drawn
+    expected = total / num_draws
+    if norm == 1:
+        expected = divide((_mean_deviation(rows, p) * scale).sum(-1), weight.sum(-1))
+    undefined = np.where(np.isnan(observed), np.nan, 0.0)
+    return Perfect(expected + undefined, (hits + 1) / (num_draws + 1) + undefined)
+
+
+def limits(found: Bins, norm: float = 1, *, level: float = 0.95, seed: int = 0) -> Limits:
+    """Limits of the calibration error that the bins would show without chance.
+
+    The observed deviations of the bins, all scaled by one factor, are taken for the true ones; the
+    limits are the errors at the two factors between which the observed error is no extreme draw,
+    the estimate the error at the factor that makes it the median. So low is 0 where perfect
+    calibration is not refuted, which percentiles of a bootstrap do not allow: resampling adds its
+    own noise to an error that cannot be negative. Normal noise in each bin.
+    """
+    tail = (1 - checked_level(level)) / 2
+    weight, rows = found.weight.sum(-1), found.rows.sum(-1)
+    mean = np.nan_to_num(divide(found.probability.sum(-1), weight))
+    excess = np.nan_to_num(divide(_excess(found), weight))
+    effective = divide(mean * (1 - mean) * weight**2, found.variance)  # rows, if none is weighted
+    effective = np.maximum(np.where(np.isnan(effective), rows, effective), 1.0)
+    observed = calibration_error(found, norm)
+    noise = np.random.default_rng(seed).standard_normal((DRAWS, rows.shape[-1]))
+
+    def quantile(scale: np.ndarray, share: float) -> np.ndarray:
+        shift = scale[..., None] * excess
+        chance = np.clip(mean + shift, 0.0, 1.0)
+        error = np.sqrt(chance * (1 - chance) / effective)
+        drawn = [_norm(np.abs(chance - mean + error * z), weight, norm) for z in noise]
+        return np.quantile(drawn, share, axis=0)
+
+    ends = [_scale_at(quantile, observed, share) for share in (0.5, 1 - tail, tail)]
+    return Limits(*[observed * end for end in ends])
+
+
+def reliability(found: Bins, level: float = 0.95) -> Reliability:
+    """Mean probability, observed share and consistency band of every bin."""
+    tail = (1 - checked_level(level)) / 2
+    rows, weight = found.rows.sum(-1), found.weight.sum(-1)
+    mean = divide(found.probability.sum(-1), weight)
+    inside = np.clip(mean, 1e-12, 1 - 1e-12)
+    size = np.maximum(rows, 1).astype(np.float64)
+    ends = [
+        np.clip(np.ceil(bdtrik(share, size, inside)), 0, size) / size for share in (tail, 1 - tail)
+    ]
+    low, high = (np.where(rows > 0, end, np.nan) for end in ends)
+    return Reliability(rows, mean, divide(found.weight[..., 1], weight), low, high)
+
+
+def brier_decomposition(found: Bins, brier) -> Decomposition:
+    """Murphy's parts of the groups' mean Brier scores (..., G), from `groups.group_means`."""
+    weight = found.weight.sum(-1)
+    share = divide(found.weight[..., 1], weight)
+    mean = divide(found.probability.sum(-1), weight)
+    base = divide(found.weight[..., 1].sum(-1), weight.sum(-1))
+    part = divide(weight, np.broadcast_to(weight.sum(-1, keepdims=True), weight.shape))
+    off = np.where(weight > 0, part * (mean - share) ** 2, 0 * part).sum(-1)
+    resolved = np.where(weight > 0, part * (share - base[..., None]) ** 2, 0 * part).sum(-1)
+    uncertain = base * (1 - base)
+    return Decomposition(off, resolved, uncertain, brier - (off - resolved + uncertain))
+
+
+def checked_probabilities(p) -> np.ndarray:
+    """p as floats; ValueError for NaN and for values outside [0, 1]."""
+    p = np.asarray(p)
+    p = p if p.dtype == np.float32 else p.astype(np.float64)
+    outside = p[~((p >= 0) & (p <= 1))]
+    if outside.size:
+        raise ValueError(
+            f"probabilities must lie in [0, 1]; {outside.size} do not, e.g. {outside[0]}: of logits"
+            " take probabilities.softmax first"
+        )
+    return p
+
+
+def _equal_width(p: np.ndarray, num_bins: int, compat: str | None) -> np.ndarray:
+    if compat is None:
+        edges = (np.arange(1, num_bins) / num_bins).astype(p.dtype)  # as p rounds them
+        return np.searchsorted(edges, p, side="left")
+    if compat == "netcal":
+        index = np.searchsorted(np.linspace(0, 1, num_bins + 1)[1:], p, side="right")
+        return np.minimum(index, num_bins - 1)
+    if compat == "torchmetrics":  # torch.linspace counts its steps from the nearer end
+        steps = np.arange(num_bins + 1, dtype=p.dtype) * p.dtype.type(1 / num_bins)
+        half = (num_bins + 1) // 2
+        edges = np.concatenate([steps[:half], p.dtype.type(1) - steps[: num_bins + 1 - half][::-1]])
+        return np.searchsorted(edges[1:], p, side="right")
+    raise ValueError(f"compat must be None, 'netcal' or 'torchmetrics', not {compat!r}")
+
+
+def _equal_mass(p: np.ndarray, groups: np.ndarray, num_bins: int) -> np.ndarray:
+    """Bin (N, G) of each row in each of its groups."""
+    index = np.zeros(groups.shape, int)
+    for g in range(groups.shape[1]):
+        inside = p[groups[:, g]]
+        parts = [part for part in np.array_split(np.sort(inside), num_bins) if part.size]
+        cuts = np.unique([(one[-1] + two[0]) / 2 for one, two in pairwise(parts)])
+        index[groups[:, g], g] = np.searchsorted(cuts, inside, side="left")
+    return index
+
+
+def _excess(found: Bins) -> np.ndarray:
+    """Sum of w (y - p) in each bin."""
+    return found.weight[..., 1] - found.probability.sum(-1)
+
+
+def _norm(gap: np.ndarray, weight: np.ndarray, norm: float) -> np.ndarray:
+    gap = np.where(weight > 0, gap, 0.0)
+    total = weight.sum(-1)
+    if np.isinf(norm):
+        return np.where(total > 0, gap.max(-1), np.nan)
+    if norm == 1:
+        return divide((weight * gap).sum(-1), total)
+    return divide((weight * gap**norm).sum(-1), total) ** (1 / norm)
+
+
+def _mean_deviation(n: np.ndarray, p: np.ndarray) -> np.ndarray:
+    """E|X - np| of X binomial (de Moivre; Diaconis and Zabell, Statist. Sci. 6, 1991)."""
+    k = np.minimum(np.floor(n * p) + 1, np.maximum(n, 1))
+    size = np.maximum(n, 1)
+    choose = gammaln(size + 1) - gammaln(k + 1) - gammaln(size - k + 1)
+    found = 2 * k * np.exp(choose + xlogy(k, p) + xlog1py(size - k + 1, -p))
+    return np.where(n > 0, found, 0.0)
+
+
+def _scale_at(quantile, observed: np.ndarray, share: float) -> np.ndarray:
+    """The factor at which the observed error is the `share` quantile; 0 where none is so small."""
+    low, high = np.zeros(observed.shape), np.full(observed.shape, 4.0)
+    for _ in range(STEPS):
+        middle = (low + high) / 2
+        above = quantile(middle, share) > observed
+        low, high = np.where(above, low, middle), np.where(above, middle, high)
+    found = (low + high) / 2
+    return np.where(found < 4.0 * 2.0 ** (1 - STEPS), 0.0, found)
