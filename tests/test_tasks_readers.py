@@ -95,7 +95,8 @@ def test_cells_with_line_breaks_and_odd_separators(tmp_path):
         ("a.csv", "text,category\n[M] is it,y\n", "row 1 lacks 'text' before"),
         ("a.jsonl", '{"text": "a"\n', "line 1 is not JSON"),
         ("a.jsonl", "[1]\n", "line 1 is not a JSON object"),
-        ("a.parquet", "x", "cannot read .parquet; use .tsv, .csv or .jsonl"),
+        ("a.xlsx", "x", "cannot read .xlsx; use .tsv, .csv, .jsonl"),
+        ("a.parquet", "x", "cannot be read as parquet"),
         ("a.csv", 'text,category\n"' + "x" * 200_000 + '",y\n', "cannot be read as a table"),
     ],
 )

@@ -1,5 +1,5 @@
 """Files of prompts and texts: TSV and CSV with a header, JSON lines and plain text, each also
-gzipped, local or on the hub.
+gzipped, and parquet, local or on the hub.
 
 A prompt table has a column of prompts and one of groups. Where the prompt column holds "[M]" (the
 HONEST templates of Nozza et al. 2021 and the data set Znreza/HONEST-RACE-RELIGION-AND-
@@ -11,7 +11,7 @@ import difflib
 import gzip
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -129,10 +129,20 @@ def file_name(path: str | Path) -> str:
 
 
 def read_text(path: str | Path) -> str:
-    """A local file's text, unzipped where it is gzip. Raises TaskError for a missing file, naming
-    those that lie near.
-    """
+    """A local file's text, unzipped where it is gzip. Raises TaskError as require_file does."""
     path = Path(path)
+    require_file(path)
+    content = path.read_bytes()
+    if content[:2] == b"\x1f\x8b":
+        content = gzip.decompress(content)
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise TaskError(f"{path} is not UTF-8 text (byte {error.start})") from error
+
+
+def require_file(path: Path) -> None:
+    """Raise TaskError for a missing file, naming those that lie near, and for a directory."""
     if path.is_dir():
         names = (
             ", ".join(sorted(entry.name for entry in path.iterdir() if entry.is_file()))
@@ -145,18 +155,11 @@ def read_text(path: str | Path) -> str:
         raise TaskError(
             f"no file {path}" + (f"; did you mean {path.with_name(near[0])}?" if near else "")
         )
-    content = path.read_bytes()
-    if content[:2] == b"\x1f\x8b":
-        content = gzip.decompress(content)
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise TaskError(f"{path} is not UTF-8 text (byte {error.start})") from error
 
 
 def _local(path: str | Path) -> str:
     if str(path).startswith(HUB):
-        raise TaskError(f"{path}: only .csv, .tsv and .jsonl files are read from the hub")
+        raise TaskError(f"{path}: only .csv, .tsv, .jsonl and .parquet files are read from the hub")
     return read_text(path)
 
 
@@ -166,18 +169,25 @@ def suffix_of(path: str | Path) -> str:
     return Path(name).suffix
 
 
-def read_table(path: str | Path) -> list[Mapping[str, Any]]:
-    """The rows of a .tsv, .csv or .jsonl file. Raises TaskError for none and for other files."""
+def read_table(
+    path: str | Path, wanted: Callable[[str], bool] = lambda column: True
+) -> list[Mapping[str, Any]]:
+    """The rows of a .tsv, .csv, .jsonl or .parquet file. TaskError for none and for other files.
+
+    wanted: which columns of a local parquet file to read; other files are read whole.
+    """
     suffix = suffix_of(path)
-    if suffix not in (".tsv", ".csv", ".jsonl"):
+    if suffix not in (".tsv", ".csv", ".jsonl", ".parquet"):
         raise TaskError(
-            f"{path}: cannot read {suffix or 'a file without an ending'}; use .tsv, .csv or "
-            ".jsonl (also .gz)"
+            f"{path}: cannot read {suffix or 'a file without an ending'}; use .tsv, .csv, .jsonl "
+            "(also .gz) or .parquet"
         )
     if str(path).startswith(HUB):
         rows = _read_hub(str(path))
     elif suffix == ".jsonl":
         rows = _read_json_lines(path)
+    elif suffix == ".parquet":
+        rows = _read_parquet(path, wanted)
     else:
         rows = _read_delimited(path, "\t" if suffix == ".tsv" else ",")
     if not rows:
@@ -204,6 +214,20 @@ def _read_json_lines(path: str | Path) -> list[Mapping[str, Any]]:
                 raise TaskError(f"{path}: line {number} is not a JSON object")
             rows.append(row)
     return rows
+
+
+def _read_parquet(path: str | Path, wanted: Callable[[str], bool]) -> list[Mapping[str, Any]]:
+    import pyarrow  # half a second to import, and only wanted here
+    import pyarrow.parquet
+
+    require_file(Path(path))
+    try:
+        columns = pyarrow.parquet.read_schema(path).names
+        kept = [column for column in columns if wanted(column)]
+        return pyarrow.parquet.read_table(path, columns=kept).to_pylist()
+    except pyarrow.ArrowException as error:
+        reason = str(error).splitlines()[0]
+        raise TaskError(f"{path}: cannot be read as parquet: {reason}") from error
 
 
 def _read_hub(address: str) -> list[Mapping[str, Any]]:

@@ -1,0 +1,191 @@
+"""The task text_classification: labelled texts with groups, in splits that are saved by id.
+
+A split is training, validation and test rows of one seed. `check_unseen` refuses an evaluation on
+rows that were trained on.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jax_lowrank.tasks.grouped import (
+    Grouped,
+    read_columns,
+    read_dlab,
+    read_edos,
+    read_hatexplain,
+)
+from jax_lowrank.tasks.task import TaskError
+from jax_lowrank.tasks.text import split_hash
+
+READERS: dict[str, Callable[..., Grouped]] = {
+    "columns": read_columns,
+    "hatexplain": read_hatexplain,
+    "edos": read_edos,
+    "dlab": read_dlab,
+}
+SPLITS = ("stratified", "published", "source")
+SOURCE_NAMES = {"train": "train", "dev": "validation", "val": "validation", "test": "test"}
+
+
+class Classification(NamedTuple):
+    """splits: train, validation (if any) and test. hashes: of each split's ids in order. notes:
+    what the report says of the data: counts, repeated texts, what was left out.
+    """
+
+    splits: Mapping[str, Grouped]
+    classes: tuple[str, ...]
+    group_names: tuple[str, ...]
+    hashes: Mapping[str, str]
+    notes: Mapping[str, str]
+
+    def ids(self) -> dict[str, list[str]]:
+        """What a run saves of its splits."""
+        return {name: list(split.ids) for name, split in self.splits.items()}
+
+
+def make(
+    path: str,
+    *,
+    reader: str = "columns",
+    options: Mapping[str, Any] | None = None,
+    split: str = "stratified",
+    seed: int = 0,
+    validation_fraction: float = 0.1,
+    test_fraction: float = 0.2,
+    keep: Mapping[str, float] | None = None,
+    max_rows: int = 0,
+) -> Classification:
+    """Read, split and, if asked, unbalance.
+
+    reader: a row of READERS, called with path and `options`. split: 'stratified' by label and group
+    pattern; 'published', the permutation of arXiv 2405.17512 (20 % test, no strata; validation is
+    cut from its training rows); 'source', as the file says. validation_fraction: of all rows, and
+    of the training rows for the other two. keep: class or group name -> share of its training rows
+    to keep. max_rows: a seeded choice of all rows first; 0: all. TaskError for what cannot be done.
+    """
+    if reader not in READERS:
+        raise TaskError(f"reader must be one of {', '.join(READERS)}, not {reader!r}")
+    if split not in SPLITS:
+        raise TaskError(f"split must be one of {', '.join(SPLITS)}, not {split!r}")
+    fractions = (validation_fraction, test_fraction)
+    if min(fractions) < 0 or sum(fractions) >= 1:
+        raise TaskError(
+            f"the fractions of validation and test must leave training rows: {fractions}"
+        )
+    rows = READERS[reader](path, **(options or {}))
+    notes = {"rows": str(len(rows.ids)), "repeated texts left out": str(rows.num_repeated)}
+    if 0 < max_rows < len(rows.ids):
+        chosen = np.random.default_rng([seed, 3]).permutation(len(rows.ids))[:max_rows]
+        rows = rows.take(np.sort(chosen))
+        notes["rows chosen"] = str(max_rows)
+    if split == "stratified":
+        parts = stratified(rows, seed, validation_fraction, test_fraction)
+    else:
+        parts = published(len(rows.ids), seed) if split == "published" else _by_source(rows, path)
+        if "validation" not in parts and validation_fraction:
+            parts = _cut(rows, parts, seed, validation_fraction)
+    if keep:
+        parts["train"] = unbalanced(rows, parts["train"], keep, seed)
+        notes["training rows kept"] = ", ".join(f"{n}: {s:g}" for n, s in keep.items())
+    splits = {name: rows.take(index) for name, index in parts.items()}
+    for name, part in splits.items():
+        if not part.ids:
+            raise TaskError(f"{path}: no rows are left for {name}; it has {len(rows.ids)} in all")
+    hashes = {name: split_hash(part.ids) for name, part in splits.items()}
+    return Classification(splits, rows.classes, rows.group_names, hashes, notes)
+
+
+def stratified(
+    rows: Grouped, seed: int, validation_fraction: float, test_fraction: float
+) -> dict[str, np.ndarray]:
+    """Row numbers by split; every label and group pattern is split in proportion, to within a row.
+
+    Rows are shuffled, ordered by pattern, and every 1/fraction-th is drawn from a random start, so
+    that patterns of a few rows get their share over seeds too.
+    """
+    rng = np.random.default_rng([seed, 1])
+    order = rng.permutation(len(rows.ids))
+    keys = np.column_stack([rows.labels, rows.groups])[order]
+    _, stratum = np.unique(keys, axis=0, return_inverse=True)
+    order = order[np.argsort(stratum.ravel(), kind="stable")]
+    test, rest = _every(order, test_fraction, rng)
+    validation, train = _every(rest, validation_fraction / (1 - test_fraction), rng)
+    parts = {"train": train, "validation": validation, "test": test}
+    return {name: np.sort(part) for name, part in parts.items() if part.size}
+
+
+def published(num_rows: int, seed: int) -> dict[str, np.ndarray]:
+    """Row numbers as datasets.Dataset.train_test_split(test_size=0.2, seed=seed) draws them."""
+    order = np.random.default_rng(seed).permutation(num_rows)
+    num_test = int(np.ceil(0.2 * num_rows))
+    return {"train": order[num_test:], "test": order[:num_test]}
+
+
+def unbalanced(
+    rows: Grouped, chosen: np.ndarray, keep: Mapping[str, float], seed: int
+) -> np.ndarray:
+    """Row numbers, where only a share of a class or group is kept, in order, seeded.
+
+    A row of several named groups must survive each. TaskError for names that are neither class nor
+    group and shares outside (0, 1].
+    """
+    rng = np.random.default_rng([seed, 2])
+    stays = np.ones(len(chosen), bool)
+    for name, share in keep.items():
+        if name not in (*rows.classes, *rows.group_names):
+            raise TaskError(
+                f"keep: {name!r} is neither a class ({', '.join(rows.classes)}) nor a group"
+                f" ({', '.join(rows.group_names)})"
+            )
+        if not 0 < share <= 1:
+            raise TaskError(f"keep: the share of {name!r} must lie in (0, 1], not {share}")
+        if name in rows.classes:
+            inside = rows.labels[chosen] == rows.classes.index(name)
+        else:
+            inside = rows.groups[chosen, rows.group_names.index(name)]
+        places = np.flatnonzero(inside)
+        gone = rng.permutation(places)[round(share * places.size) :]
+        stays[gone] = False
+    return np.asarray(chosen)[stays]
+
+
+def check_unseen(trained: Sequence[str], evaluated: Sequence[str]) -> None:
+    """TaskError if a row to evaluate on is one that was trained on (ids)."""
+    both = set(trained) & set(evaluated)
+    if both:
+        raise TaskError(
+            f"{len(both)} of {len(evaluated)} rows to evaluate on were trained on, e.g."
+            f" {min(both)}: evaluate on the test split that was saved with the run"
+        )
+
+
+def _every(order: np.ndarray, fraction: float, rng) -> tuple[np.ndarray, np.ndarray]:
+    """A systematic sample of `fraction` of the rows, and the rest."""
+    steps = np.floor((np.arange(order.size + 1) + rng.random()) * fraction)
+    drawn = np.diff(steps) > 0
+    return order[drawn], order[~drawn]
+
+
+def _by_source(rows: Grouped, path: str) -> dict[str, np.ndarray]:
+    unknown = sorted(set(rows.source_splits) - set(SOURCE_NAMES))
+    if unknown:
+        raise TaskError(f"{path}: split {unknown[0]!r} is not one of {', '.join(SOURCE_NAMES)}")
+    names = np.array([SOURCE_NAMES[name] for name in rows.source_splits])
+    parts = {name: np.flatnonzero(names == name) for name in ("train", "validation", "test")}
+    parts = {name: part for name, part in parts.items() if part.size}
+    if "train" not in parts or "test" not in parts:
+        raise TaskError(f"{path}: its splits are {', '.join(parts)}; train and test are needed")
+    return parts
+
+
+def _cut(rows: Grouped, parts, seed: int, fraction: float) -> dict[str, np.ndarray]:
+    """Validation rows out of the training rows, which keep their order."""
+    train = parts["train"]
+    inner = stratified(rows.take(train), seed, 0.0, fraction)
+    return {
+        "train": train[inner["train"]],
+        "validation": train[inner["test"]],
+        "test": parts["test"],
+    }

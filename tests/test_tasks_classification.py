@@ -1,0 +1,239 @@
+"""Labelled texts with groups: the readers, the splits and their refusals."""
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jax_lowrank.tasks import grouped, text_classification
+from jax_lowrank.tasks.task import TaskError
+
+SHARED = Path(__file__).parents[2] / "shared" / "data"
+needs_data = pytest.mark.skipif(not SHARED.is_dir(), reason="../shared/data is not there")
+
+
+def write_csv(path, rows):
+    with path.open("w", newline="", encoding="utf-8") as handle:
+        out = csv.DictWriter(handle, rows[0])
+        out.writeheader()
+        out.writerows(rows)
+    return str(path)
+
+
+def table(tmp_path, n=200, seed=0):
+    rng = np.random.default_rng(seed)
+    rows = [
+        {"id": f"r{i}", "text": f"text {i}", "label": "ab"[rng.random() < 0.3]}
+        | {"x": int(rng.random() < 0.4), "y": round(rng.random(), 2)}
+        for i in range(n)
+    ]
+    return write_csv(tmp_path / "d.csv", rows)
+
+
+COLUMNS = {"groups": ("x", "y"), "row_id": "id"}
+
+
+@needs_data
+def test_hatexplain_has_its_published_counts():
+    path = str(SHARED / "hatexplain" / "derived_official_val_test.csv.gz")
+    found = grouped.read_hatexplain(path)
+    assert found.classes == ("normal", "offensive", "hatespeech")
+    assert len(found.ids) == 3844 and found.num_repeated == 2
+    sizes = dict(zip(found.group_names, found.groups.sum(0)))
+    assert sizes["Islam"] == 398 and sizes["Men"] == 12 and "" not in sizes
+    assert (found.groups.sum(1) > 1).any() and (found.groups.sum(1) == 0).any()
+    two = grouped.read_hatexplain(path, classes="two")
+    np.testing.assert_array_equal(two.labels, found.labels > 0)
+    data = text_classification.make(path, reader="hatexplain", seed=1)
+    share = [split.groups.mean(0) for split in data.splits.values()]
+    assert np.abs(share[0] - share[2]).max() < 0.003
+
+
+@needs_data
+def test_edos_has_its_official_splits():
+    path = str(SHARED / "edos" / "edos_labelled_aggregated.csv.gz")
+    data = text_classification.make(path, reader="edos", split="source")
+    sizes = {name: len(split.ids) for name, split in data.splits.items()}
+    assert sizes == {"train": 14000, "validation": 2000, "test": 4000}
+    test = data.splits["test"]
+    assert len(data.group_names) == 4 and test.labels[test.groups.any(1)].all()
+    options = {"groups": {"women": ("woman", "women"), "men": ("man", "men")}}
+    terms = text_classification.make(path, reader="edos", split="source", options=options)
+    first = terms.splits["test"]
+    assert terms.group_names == ("women", "men") and first.groups[:, 0].sum() > 100
+    inside = [text for text, member in zip(first.texts, first.groups[:, 0]) if member]
+    assert all("wom" in text.lower() for text in inside)
+
+
+def dlab(tmp_path):
+    """Three comments by several annotators, as in the published file."""
+    import pyarrow
+    import pyarrow.parquet
+
+    marks = ("race", "race_black", "race_white", "gender", "gender_women")
+    flags = {
+        "one": [(1, 1, 0, 0, 0), (1, 0, 1, 0, 0), (1, 1, 0, 1, 0)],
+        "two": [(0, 0, 0, 1, 1), (1, 1, 0, 1, 1)],
+        "three": [(1, 0, 1, 1, 1), (0, 0, 0, 0, 0), (0, 0, 0, 0, 0)],
+    }
+    scores = {"one": 0.51, "two": 0.5, "three": -2.0}
+    rows = [
+        {"comment_id": number, "text": text, "hate_speech_score": scores[text], "other": 1}
+        | {f"target_{mark}": bool(flag) for mark, flag in zip(marks, row)}
+        for number, text in enumerate(flags)
+        for row in flags[text]
+    ]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "d.parquet")
+    return str(tmp_path / "d.parquet")
+
+
+def test_dlab_by_majority_and_as_published(tmp_path):
+    path = dlab(tmp_path)
+    found = grouped.read_dlab(path)
+    assert found.ids == ("0", "1", "2") and found.labels.tolist() == [1, 0, 0]
+    assert found.group_names == ("gender_women", "race_black", "race_white")
+    assert found.groups.tolist() == [[0, 1, 0], [1, 0, 0], [0, 0, 0]]  # more than half
+    assert found.num_repeated == 5
+    first = grouped.read_dlab(path, flags="first", subset="race")
+    assert first.ids == ("0", "2") and first.group_names == ("race_black", "race_white")
+    assert first.groups.tolist() == [[1, 0], [0, 1]]
+    assert grouped.read_dlab(path, subset="race").ids == ("0",)
+    for options, message in (
+        ({"subset": "rage"}, "no attribute 'rage'; it has gender, race, and all"),
+        ({"flags": "any"}, "'majority' or 'first'"),
+    ):
+        with pytest.raises(TaskError, match=message):
+            grouped.read_dlab(path, **options)
+
+
+def test_a_table_of_any_kind(tmp_path):
+    rows = [
+        {"t": "a b", "toxicity": 0.5, "women": 0.7, "men": None},
+        {"t": "c", "toxicity": 0.49, "women": 0.2, "men": 0.5},
+        {"t": "a b", "toxicity": 0.9, "women": 1.0, "men": 1.0},
+    ]
+    path = tmp_path / "c.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = {"text": "t", "label": "toxicity", "positive_above": 0.5}
+    found = grouped.read_columns(str(path), groups=("women", "men"), **options)
+    assert found.labels.tolist() == [1, 0] and found.groups.tolist() == [[1, 0], [0, 1]]
+    assert found.ids == ("c.jsonl:1", "c.jsonl:2") and found.num_repeated == 1
+    rows = [{"text": "a", "label": 1, "of": "x|y"}, {"text": "b", "label": 0, "of": ""}]
+    listed = grouped.read_columns(write_csv(tmp_path / "l.csv", rows), group_list="of")
+    assert listed.group_names == ("x", "y") and listed.groups.tolist() == [[1, 1], [0, 0]]
+    assert listed.classes == ("0", "1")
+
+
+WRONG = [
+    ({"groups": ("x", "z")}, "no column 'z'"),
+    ({}, "name the columns of groups"),
+    ({"groups": ("x",), "group_list": "y"}, "name the columns of groups"),
+    ({"groups": ("text",)}, "column 'text' must hold numbers or true/false, not 'text 0'"),
+    ({"groups": ("x",), "classes": ("a", "c")}, "label 'b' is not one of a, c"),
+    ({"groups": ("x",), "classes": ("a",)}, r"1 class\(es\)"),
+    ({"groups": ("x",), "row_id": "label"}, "the id '[ab]' occurs more than once"),
+    ({"groups": ("x",), "positive_above": 0.5}, "column 'label' must hold numbers"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), WRONG)
+def test_wrong_tables_are_one_sentence(options, message, tmp_path):
+    with pytest.raises(TaskError, match=message) as caught:
+        grouped.read_columns(table(tmp_path), **options)
+    assert "\n" not in str(caught.value)
+
+
+def test_stratified_splits_keep_every_pattern_in_proportion(tmp_path):
+    path = table(tmp_path, n=400)
+    data = text_classification.make(path, options=COLUMNS, seed=3)
+    sizes = {name: len(split.ids) for name, split in data.splits.items()}
+    assert sizes["test"] in (79, 80, 81) and sizes["validation"] in (39, 40, 41)
+    ids = data.ids()
+    assert len(set().union(*ids.values())) == sum(sizes.values()) == 400
+    whole = grouped.read_columns(path, **COLUMNS)
+    for label in (0, 1):
+        for pattern in np.unique(whole.groups, axis=0):
+            counts = [
+                ((split.labels == label) & (split.groups == pattern).all(1)).sum()
+                for split in (data.splits["test"], whole)
+            ]
+            assert abs(counts[0] - 0.2 * counts[1]) < 1
+    again = text_classification.make(path, options=COLUMNS, seed=3)
+    assert again.hashes == data.hashes
+    other = text_classification.make(path, options=COLUMNS, seed=4)
+    assert other.hashes["test"] != data.hashes["test"]
+
+
+def test_rare_patterns_reach_the_test_split_over_seeds(tmp_path):
+    rows = grouped.read_columns(table(tmp_path, n=50), **COLUMNS)
+    rows = rows._replace(groups=np.arange(100).reshape(50, 2) == 0)  # one row is alone
+    seen = [0 in text_classification.stratified(rows, s, 0.1, 0.2)["test"] for s in range(200)]
+    assert 0.1 < np.mean(seen) < 0.3
+
+
+def test_the_published_split_is_the_datasets_librarys(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    path = table(tmp_path, n=123)
+    data = text_classification.make(
+        path, options=COLUMNS, split="published", seed=1337, validation_fraction=0.0
+    )
+    theirs = datasets.Dataset.from_dict({"i": list(range(123))}).train_test_split(
+        test_size=0.2, seed=1337
+    )
+    for name in ("train", "test"):
+        assert data.splits[name].ids == tuple(f"r{i}" for i in theirs[name]["i"])
+    with_validation = text_classification.make(path, options=COLUMNS, split="published", seed=1337)
+    assert with_validation.hashes["test"] == data.hashes["test"]
+    parts = with_validation.splits
+    assert {*parts["train"].ids, *parts["validation"].ids} == set(data.splits["train"].ids)
+
+
+def test_the_source_says_the_split(tmp_path):
+    rows = [
+        {"text": f"t{i}", "label": i % 2, "g": i % 3 == 0, "part": name}
+        for i, name in enumerate(["train"] * 20 + ["dev"] * 4 + ["test"] * 6)
+    ]
+    path = write_csv(tmp_path / "s.csv", rows)
+    options = {"groups": ("g",), "split": "part"}
+    data = text_classification.make(path, split="source", options=options)
+    assert [len(part.ids) for part in data.splits.values()] == [20, 4, 6]
+    with pytest.raises(TaskError, match="split '' is not one of train, dev"):
+        text_classification.make(path, split="source", options={"groups": ("g",)})
+
+
+def test_imbalance_is_imposed_on_training_rows_only(tmp_path):
+    path = table(tmp_path, n=400)
+    plain = text_classification.make(path, options=COLUMNS)
+    data = text_classification.make(path, options=COLUMNS, keep={"b": 0.1})
+    train, before = data.splits["train"], plain.splits["train"]
+    assert (train.labels == 1).sum() == round(0.1 * (before.labels == 1).sum())
+    assert (train.labels == 0).sum() == (before.labels == 0).sum()
+    assert data.hashes["test"] == plain.hashes["test"] and "b: 0.1" in data.notes.values()
+    group = text_classification.make(path, options=COLUMNS, keep={"x": 0.5}).splits["train"]
+    assert group.groups[:, 0].sum() == round(0.5 * before.groups[:, 0].sum())
+    assert set(group.ids) < set(before.ids)
+    for keep, message in (({"z": 0.5}, "neither a class"), ({"b": 0.0}, r"\(0, 1\]")):
+        with pytest.raises(TaskError, match=message):
+            text_classification.make(path, options=COLUMNS, keep=keep)
+
+
+def test_trained_rows_are_refused():
+    text_classification.check_unseen(["a", "b"], ["c"])
+    with pytest.raises(TaskError, match=r"1 of 2 rows to evaluate on were trained on, e\.g\. b"):
+        text_classification.check_unseen(["a", "b"], ["b", "c"])
+
+
+def test_options_are_checked(tmp_path):
+    path = table(tmp_path)
+    for options, message in (
+        ({"reader": "csv"}, "reader must be one of columns, hatexplain"),
+        ({"split": "random"}, "split must be one of stratified"),
+        ({"validation_fraction": 0.5, "test_fraction": 0.5}, "must leave training rows"),
+        ({"max_rows": 2}, "no rows are left for|train"),
+    ):
+        with pytest.raises(TaskError, match=message):
+            text_classification.make(path, **{"options": COLUMNS, **options})
+    few = text_classification.make(path, options=COLUMNS, max_rows=50)
+    assert sum(len(part.ids) for part in few.splits.values()) == 50
