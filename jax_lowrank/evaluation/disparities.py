@@ -141,7 +141,7 @@ def gap_limits(
     families = []
     for i, (rate, draws) in enumerate(zip(rates, replicates)):
         kept = ~np.isnan(rate)
-        if kept.sum() < (1 if kind == "worst" or overall else 2):
+        if kept.sum() < (1 if kind == "worst" else 2):
             return Limits(np.nan, np.nan, f"{kept.sum()} of {kept.size} groups have enough rows")
         pair = (rate[kept], draws[:, kept])
         if kind == "ratio":
@@ -196,7 +196,8 @@ def permuted_gap(
 
 
 def _largest(rates: np.ndarray) -> np.ndarray:
-    return np.max(rates, axis=-1, where=~np.isnan(rates), initial=-np.inf)
+    found = np.max(rates, axis=-1, where=~np.isnan(rates), initial=-np.inf)
+    return np.where(np.isinf(found), np.nan, found)
 
 
 def _smallest(rates: np.ndarray) -> np.ndarray:

@@ -12,7 +12,7 @@ from scipy.special import stdtr, stdtrit
 from jax_lowrank.evaluation import cells, disparities, groups
 from jax_lowrank.evaluation.comparisons import Equivalence, equivalence
 from jax_lowrank.evaluation.groups import GroupRates, Rates
-from jax_lowrank.evaluation.intervals import checked_level, membership, wilson
+from jax_lowrank.evaluation.intervals import checked_level, divide, membership, wilson
 
 
 class GapKind(NamedTuple):
@@ -280,10 +280,17 @@ def _nulls(labels, predictions, members, positive, minimum, num_permutations, se
     return found
 
 
+def _variance(draws: np.ndarray) -> np.ndarray:
+    """Over the draws (B, K) that are defined; NaN without any."""
+    known = ~np.isnan(draws)
+    mean = divide(np.where(known, draws, 0.0).sum(0), known.sum(0))
+    return divide(np.where(known, (draws - mean) ** 2, 0.0).sum(0), known.sum(0))
+
+
 def _gap_difference(by_seed, drawn, swapped, num_units, tail, margin) -> GapDifference:
     """From differences (S, K), their resamples (B, S, K) and their swaps (B, S, K)."""
     seeds, estimate = len(by_seed), by_seed.mean(0)
-    rows = np.nanvar(drawn.mean(1), axis=0)
+    rows = _variance(drawn.mean(1))
     between = by_seed.var(0, ddof=1) / seeds if seeds > 1 else np.zeros_like(rows)
     error = np.sqrt(rows + between)
     with np.errstate(invalid="ignore", divide="ignore"):
