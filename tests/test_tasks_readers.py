@@ -138,7 +138,9 @@ def test_hub_address_goes_to_datasets(monkeypatch):
         readers.read_prompts("hub:a/missing/file.csv")
     with pytest.raises(TaskError, match="written hub:OWNER/NAME/FILE"):
         readers.read_prompts("hub:owner/file.csv")
-    with pytest.raises(TaskError, match=r"only .csv, .tsv and .jsonl files are read from the hub"):
+    with pytest.raises(
+        TaskError, match=r"only .csv, .tsv, .jsonl and .parquet files are read from the hub"
+    ):
         readers.read_texts("hub:owner/name/file.txt")
 
 

@@ -113,7 +113,9 @@ def stratified(
     test, rest = _every(order, test_fraction, rng)
     validation, train = _every(rest, validation_fraction / (1 - test_fraction), rng)
     parts = {"train": train, "validation": validation, "test": test}
-    return {name: np.sort(part) for name, part in parts.items() if part.size}
+    if not validation_fraction:
+        del parts["validation"]
+    return {name: np.sort(part) for name, part in parts.items()}
 
 
 def published(num_rows: int, seed: int) -> dict[str, np.ndarray]:
@@ -163,7 +165,7 @@ def check_unseen(trained: Sequence[str], evaluated: Sequence[str]) -> None:
 
 def _every(order: np.ndarray, fraction: float, rng) -> tuple[np.ndarray, np.ndarray]:
     """A systematic sample of `fraction` of the rows, and the rest."""
-    steps = np.floor((np.arange(order.size + 1) + rng.random()) * fraction)
+    steps = np.floor(np.arange(order.size + 1) * fraction + rng.random())
     drawn = np.diff(steps) > 0
     return order[drawn], order[~drawn]
 
