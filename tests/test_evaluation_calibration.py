@@ -204,7 +204,7 @@ def test_p_values_of_calibrated_groups_are_uniform():
 def test_limits_cover_the_error_without_noise(shift, n):
     rng = np.random.default_rng(3)
     p = rng.random((150, n)) * 0.8
-    y = (rng.random((200, n)) < p + shift).astype(int)
+    y = (rng.random(p.shape) < p + shift).astype(int)
     found = calibration.bins(p, y, all_rows(n))
     limits = calibration.limits(found)
     true = shift  # every bin is off by it
