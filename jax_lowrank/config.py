@@ -123,7 +123,7 @@ class MethodSpec:
 
     @property
     def label(self) -> str:
-        """What figures and tables call it, such as `LoRA r=8`."""
+        """What figures and tables call it, such as `LoRA r=8`; defaults are not said."""
         if self.name != "lora":
             return {"full": "full fine-tuning", "bitfit": "BitFit", "head": "head only"}[self.name]
         extras = [] if self.targets == "all-linear" else [self.targets]
@@ -138,7 +138,8 @@ class MethodSpec:
         extras += [self.init] if self.init != "kaiming" else []
         extras += [f"B's rate x{self.plus_ratio:g}"] if self.plus_ratio != 1 else []
         kind = ("DoRA" if self.dora else "LoRA") + ("+" if self.plus_ratio != 1 else "")
-        return f"{kind} r={self.rank}" + (f" ({', '.join(extras)})" if extras else "")
+        alpha = f" alpha={self.alpha:g}" if self.alpha != MethodSpec.alpha else ""
+        return f"{kind} r={self.rank}{alpha}" + (f" ({', '.join(extras)})" if extras else "")
 
     def options(self) -> dict[str, Any]:
         """Keyword arguments of this method's row in METHODS."""

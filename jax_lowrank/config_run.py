@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from jax_lowrank.config import (
+    DTYPES,
     METHOD_NAMES,
     MethodSpec,
-    ModelSpec,
     TrainSpec,
     nearest,
     require,
@@ -29,15 +29,11 @@ class ColumnSpec:
 
 
 @dataclass(frozen=True)
-class DataSpec:
-    """The examples of one fine-tuning run."""
+class RowsSpec:
+    """Examples in a file."""
 
     path: str = ""
     """.jsonl, .csv, .tsv or .txt (also .gz), a directory, hub:OWNER/NAME or hub:OWNER/NAME/FILE."""
-    validation: str = ""
-    """Another such file. Empty: the data's own split, or a seeded share of the training rows."""
-    test: str = ""
-    """Measured at the end only. Empty: the data's own split, if it has one."""
     kind: str = "auto"
     """text, completion, chat or classification; auto goes by the columns."""
     columns: ColumnSpec = ColumnSpec()
@@ -46,32 +42,68 @@ class DataSpec:
     labels: tuple[str, ...] = ()
     """Class names in order. Empty: those of the training rows, sorted."""
     mask_prompt: bool = True
-    """Learn completions and the assistant's turns only, not what comes before them."""
+    """Only completions and the assistant's turns count, not what comes before them."""
+
+    def __post_init__(self) -> None:
+        require(self.kind in DATA_KINDS, f"data.kind: {nearest(self.kind, DATA_KINDS)}")
+        require(len(self.labels) != 1, f"data.labels has one class, {self.labels}; give 2 or more")
+
+
+@dataclass(frozen=True)
+class DataSpec(RowsSpec):
+    """The examples of one fine-tuning run."""
+
+    validation: str = ""
+    """Another such file. Empty: the data's own split, or a seeded share of the training rows."""
+    test: str = ""
+    """Measured at the end only. Empty: the data's own split, if it has one."""
     validation_fraction: float = 0.1
+    """That share."""
     max_train: int = 0
     """At most so many training rows, a seeded choice; 0: all."""
     seed: int = 0
     """Of the validation share and of max_train."""
 
     def __post_init__(self) -> None:
-        require(self.kind in DATA_KINDS, f"data.kind: {nearest(self.kind, DATA_KINDS)}")
+        super().__post_init__()
         ok = 0 < self.validation_fraction < 1
         require(ok, f"data.validation_fraction {self.validation_fraction} is outside (0, 1)")
         require(self.max_train >= 0, f"data.max_train {self.max_train} is negative; 0 means all")
-        require(len(self.labels) != 1, f"data.labels has one class, {self.labels}; give 2 or more")
+
+
+@dataclass(frozen=True)
+class LoadSpec:
+    """How a model is read; a run brings its own."""
+
+    revision: str = "main"
+    """Of a Hugging Face hub id."""
+    dtype: str = "auto"
+    """Of the frozen base: auto is bfloat16 on accelerators and float32 on CPU."""
+
+    def __post_init__(self) -> None:
+        require(self.dtype in DTYPES, f"model.dtype: {nearest(self.dtype, DTYPES)}")
+
+
+@dataclass(frozen=True)
+class CheckpointSpec(LoadSpec):
+    """The base model."""
+
+    path: str = ""
+    """Hugging Face directory or hub id, or the directory of a PEFT adapter to go on from."""
 
 
 @dataclass(frozen=True)
 class FinetuneSpec:
     """One run: a checkpoint, data, a method and one learning rate."""
 
-    model: ModelSpec = field(default_factory=ModelSpec)
+    model: CheckpointSpec = CheckpointSpec()
     data: DataSpec = DataSpec()
     method: MethodSpec = field(default_factory=lambda: default_method("lora"))
     train: TrainSpec = field(default_factory=lambda: TrainSpec(max_length=256))
     seed: int = 0
     """Of fresh parameters, the order of the rows, and dropout."""
     eval_batch_size: int = 64
+    """Rows at once when the model is measured."""
     level: float = 0.95
     """Of every interval."""
 
@@ -81,10 +113,6 @@ class FinetuneSpec:
         require(
             self.train.learning_rate == TrainSpec().learning_rate,
             "train.learning_rate is that of pretraining; use --learning-rate",
-        )
-        require(
-            self.model == ModelSpec(self.model.path, self.model.revision, dtype=self.model.dtype),
-            "a run starts from a checkpoint: model.family and model.sizes say nothing here",
         )
         require(self.eval_batch_size >= 1, f"eval_batch_size {self.eval_batch_size} is below 1")
         require(0 < self.level < 1, f"level {self.level} is outside (0, 1)")
@@ -102,8 +130,9 @@ class GenerateSpec:
     """Continue prompts."""
 
     prompt: str = ""
+    """One prompt."""
     prompts: str = ""
-    """A .txt file of lines, or a table with a column prompt (with --chat also messages)."""
+    """Many: a .txt file of lines, or a table with a column prompt (with --chat also messages)."""
     chat: bool = False
     """Wrap a prompt as the user's message in the tokenizer's chat template."""
     max_new_tokens: int = 64
@@ -117,8 +146,7 @@ class GenerateSpec:
     """Sample among the likeliest tokens that hold this probability."""
     seed: int = 0
     batch_size: int = 16
-    model: ModelSpec = field(default_factory=ModelSpec)
-    """Revision and dtype of a bare model; a run brings its own."""
+    model: LoadSpec = LoadSpec()
 
     def __post_init__(self) -> None:
         for name in ("max_new_tokens", "samples", "batch_size"):
@@ -132,14 +160,13 @@ class GenerateSpec:
 class EvaluateSpec:
     """Measure on a file."""
 
-    data: DataSpec = DataSpec()
-    """Its path, kind, columns and labels; a run brings the last three."""
+    data: RowsSpec = RowsSpec()
+    """A run brings its kind, columns and labels."""
     max_length: int = 256
     batch_size: int = 64
     level: float = 0.95
     """Of every interval."""
-    model: ModelSpec = field(default_factory=ModelSpec)
-    """Revision and dtype of a bare model; a run brings its own."""
+    model: LoadSpec = LoadSpec()
 
     def __post_init__(self) -> None:
         require(self.max_length >= 2, f"max_length {self.max_length} is below 2")

@@ -73,17 +73,7 @@ def export(run: Path, format: str, out: Path | None = None) -> Path:
 
     Raises ExportError, PeftError or OSError with one sentence.
     """
-    if format not in FORMATS:
-        raise ExportError(f"format {nearest(format, FORMATS)}")
-    found = read_run(run)
-    if format == "peft" and found.method != "lora":
-        raise ExportError(
-            f"PEFT has no format for what method {found.method!r} trains; --format hf writes the"
-            " whole model"
-        )
-    out = out or default_out(run, found, format)
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise ExportError(f"{out} exists and is not empty; choose another --out")
+    found, out = check(run, format, out)
     trained = load_run(found)
 
     def write(partial: Path) -> None:
@@ -95,6 +85,22 @@ def export(run: Path, format: str, out: Path | None = None) -> Path:
         (partial / "README.md").write_text(card, encoding="utf-8")
 
     return results.write_directory(out, write)
+
+
+def check(run: Path, format: str, out: Path | None) -> tuple[Run, Path]:
+    """The run to export and where to, or ExportError."""
+    if format not in FORMATS:
+        raise ExportError(f"format {nearest(format, FORMATS)}")
+    found = read_run(run)
+    if format == "peft" and found.method != "lora":
+        raise ExportError(
+            f"PEFT has no format for what method {found.method!r} trains; --format hf writes the"
+            " whole model"
+        )
+    out = out or default_out(run, found, format)
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise ExportError(f"{out} exists and is not empty; choose another --out")
+    return found, out
 
 
 def default_out(run: Path, found: Run, format: str) -> Path:
@@ -246,12 +252,17 @@ def write_hf(directory: Path, run: Run, trained: Trained) -> None:
     config = base_config(run.base, json.loads((directory / "config.json").read_text()))
     dtypes = {str(value.dtype) for value in models.by_path(params).values()}
     config["dtype"] = "float32" if "float32" in dtypes else dtypes.pop()
-    if run.head and run.head.kind == "classification" and config.get("pad_token_id") is None:
-        config["pad_token_id"] = _pad_id(run.base)
+    pad_id = missing_pad_id(run)
+    if pad_id is not None:
+        config["pad_token_id"] = pad_id
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    for name in TOKENIZER_FILES:
-        if (run.base / name).is_file():
-            shutil.copyfile(run.base / name, directory / name)
+    for name in tokenizer_files(run.base):
+        shutil.copyfile(run.base / name, directory / name)
+
+
+def tokenizer_files(base: Path) -> list[str]:
+    """What lies beside a checkpoint's weights and goes with them."""
+    return [name for name in TOKENIZER_FILES if (base / name).is_file()]
 
 
 def base_config(base: Path, ours: Mapping[str, Any]) -> dict[str, Any]:
@@ -294,6 +305,7 @@ def card_of(run: Run, trained: Trained, format: str) -> model_card.Card:
         ("trained parameters", record.get("trainable_parameters")),
         ("base model", _public_name(run)),
         ("SHA-256 of the base model", run.weights_hash),
+        ("SHA-256 of the adapter that training went on from", _went_on_from(record)),
         ("SHA-256 of the data", run.data_hash),
         ("dtype of the base model in training", run.dtype),
         ("jax_lowrank", record.get("environment", {}).get("jax_lowrank")),
@@ -308,14 +320,23 @@ def card_of(run: Run, trained: Trained, format: str) -> model_card.Card:
         method=run.method,
         facts=[(name, value) for name, value in facts if value is not None],
         metrics=run.metrics,
+        pad_id=missing_pad_id(run),
     )
 
 
-def _pad_id(base: Path) -> int | None:
-    """The id that rows were padded with, which transformers' classifiers have to know."""
+def _went_on_from(record: Mapping) -> str | None:
+    model = record.get("model")  # of a study's run it is said in study.json
+    return model.get("adapter_hash") if model else None
+
+
+def missing_pad_id(run: Run) -> int | None:
+    """The id that rows were padded with, where transformers' classifier has to be told it."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(base)
+    known = models.weights.read_config(run.base).get("pad_token_id")
+    if known is not None or not (run.head and run.head.kind == "classification"):
+        return None
+    tokenizer = AutoTokenizer.from_pretrained(run.base)
     if tokenizer.pad_token_id is not None:
         return tokenizer.pad_token_id
     return tokenizer.eos_token_id or 0

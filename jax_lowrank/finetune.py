@@ -11,15 +11,16 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from safetensors.numpy import save_file
 
-from jax_lowrank import data, models, provenance, results, train
+from jax_lowrank import adapters, data, models, provenance, results, train
 from jax_lowrank.adapt import METHODS, lora
 from jax_lowrank.adapt.method import Method, count, dtypes
 from jax_lowrank.checkpoint import Checkpoints
@@ -36,6 +37,26 @@ from jax_lowrank.workers import claim
 FILES = ("config.json", "record.json", "splits.json", "log.jsonl", "predictions.npz")
 
 
+class Start(NamedTuple):
+    """A base model as the method splits it.
+
+    directory: of the base. adapter_hash: of the adapter that training goes on from, or None.
+    """
+
+    base: models.Model
+    directory: Path
+    method: Method
+    graphdef: Any
+    trainable: Any
+    frozen: Any
+    adapter_hash: str | None
+
+    @property
+    def parts(self) -> tuple:
+        """What `Method.split` gave."""
+        return self.graphdef, self.trainable, self.frozen
+
+
 class Job(NamedTuple):
     """A run that passed every check, ready to train."""
 
@@ -44,11 +65,8 @@ class Job(NamedTuple):
     data: text.Data
     encoded: Mapping[str, encode.Encoded]
     text: Text
-    model: models.Model
-    directory: Path  # of the base model
-    weights_hash: str
-    method: Method
-    parts: tuple  # graphdef, trainable, frozen
+    start: Start
+    weights_hash: str  # of the base model
     fingerprint: str
 
 
@@ -62,12 +80,11 @@ def prepare(spec: FinetuneSpec, out: str, note: Callable[[str], None]) -> Job:
     require(bool(spec.data.path), "no data; give --data FILE")
     examples = read_data(spec.data)
     directory = models.weights.resolve(spec.model.path, spec.model.revision)
-    words = load_text(directory)
     key = jax.random.key(spec.seed)
-    head = head_for(examples.kind, examples.classes)
     note(f"loading {directory}")
-    dtype = param_dtype(spec.model.dtype)
-    model = models.load(directory, dtype, head=head, key=jax.random.fold_in(key, 1))
+    spec, started = start(spec, directory, head_for(examples.kind, examples.classes), key)
+    model, directory = started.base, started.directory
+    words = load_text(directory)
     words = words._replace(vocab_size=model.config.vocab_size)
     check_length(spec.train.max_length, model)
     encoded = {
@@ -81,15 +98,29 @@ def prepare(spec: FinetuneSpec, out: str, note: Callable[[str], None]) -> Job:
         )
         for name, split in examples.splits.items()
     }
-    method = METHODS[spec.method.name](**spec.method.options())
-    parts = method.split(key, model)
     weights_hash = provenance.hash_files(directory)
-    name = run_fingerprint(spec, examples, words, model, weights_hash)
+    name = run_fingerprint(spec, examples, words, started, weights_hash)
     place = Path(out) if out else Path("results") / default_name(spec, name)
     check_place(place, name)
-    return Job(
-        spec, place, examples, encoded, words, model, directory, weights_hash, method, parts, name
-    )
+    return Job(spec, place, examples, encoded, words, started, weights_hash, name)
+
+
+def start(spec: FinetuneSpec, directory: Path, head: Head, key) -> tuple[FinetuneSpec, Start]:
+    """The split model that training begins with.
+
+    directory: of a checkpoint, or of a PEFT adapter that is trained on: then its method is in the
+    spec that comes back.
+    """
+    dtype, fresh = param_dtype(spec.model.dtype), jax.random.fold_in(key, 1)
+    if not adapters.is_adapter(directory):
+        model = models.load(directory, dtype, head=head, key=fresh)
+        method = METHODS[spec.method.name](**spec.method.options())
+        return spec, Start(model, directory, method, *method.split(key, model), None)
+    lora_spec, found = adapters.continued(directory, spec.method, head, dtype, fresh)
+    method = METHODS["lora"](**lora_spec.options())
+    hashed = provenance.hash_files(directory, "adapter_config.json")
+    started = Start(found.base, found.directory, method, *found.parts, hashed)
+    return replace(spec, method=lora_spec), started
 
 
 def read_data(spec: DataSpec) -> text.Data:
@@ -122,13 +153,14 @@ def check_length(max_length: int, model: models.Model) -> None:
     )
 
 
-def run_fingerprint(spec: FinetuneSpec, examples: text.Data, words: Text, model, weights_hash: str):
+def run_fingerprint(spec: FinetuneSpec, examples: text.Data, words: Text, start, weights_hash: str):
     """Names a run: everything that its stored outputs depend on, and nothing else."""
+    model = start.base
     tokenizer = (words.tokenizer.backend_tokenizer.to_str(), words.tokenizer.chat_template)
     return fingerprint(
         (spec.method.name, spec.method.options(), spec.method.learning_rates),
         (spec.train, spec.seed, spec.level, spec.data.mask_prompt),
-        (text.data_hash(examples), weights_hash, tokenizer),
+        (text.data_hash(examples), weights_hash, start.adapter_hash, tokenizer),
         (model.head, dtypes(model.params), provenance.code_hash()),
     )
 
@@ -161,9 +193,9 @@ def finished(job: Job) -> dict | None:
 
 def start_line(job: Job) -> str:
     """What must be right before training starts."""
-    _, trainable, frozen = job.parts
-    spec = job.spec.method
-    line = guards(spec.label, job.method, trainable, frozen, count(job.model.params))
+    begun, spec = job.start, job.spec.method
+    parts = (begun.method, begun.trainable, begun.frozen)
+    line = guards(spec.label, *parts, count(begun.base.params))
     return f"{line}; learning rate {spec.learning_rates[0]:g}"
 
 
@@ -231,11 +263,11 @@ def execute(job: Job, note: Callable[[str], None]) -> dict:
 
 def train_and_write(job: Job, checkpoints: Checkpoints, note: Callable[[str], None]) -> dict:
     """Train and measure, and write the run's directory; its record."""
-    spec, (graphdef, trainable, frozen) = job.spec, job.parts
+    spec, (graphdef, trainable, frozen) = job.spec, job.start.parts
     note(sizes(job))
     note(start_line(job))
     began = time.perf_counter()
-    program = make_program(spec.train, job.method, graphdef, trainable)
+    program = make_program(spec.train, job.start.method, graphdef, trainable)
     batches = make_batches(job)
     held_out = [name for name in job.encoded if name != "train"]
 
@@ -289,7 +321,7 @@ def train_and_write(job: Job, checkpoints: Checkpoints, note: Callable[[str], No
 
 def new_record(job: Job, before: dict, after: dict, fitted: train.Fitted, trained: int) -> dict:
     """What a run's record says."""
-    spec, model = job.spec, job.model
+    spec, model = job.spec, job.start.base
     majority = None
     if job.data.kind == "classification":
         majority = model.head.labels[np.bincount(job.data.splits["train"].labels).argmax()]
@@ -301,17 +333,18 @@ def new_record(job: Job, before: dict, after: dict, fitted: train.Fitted, traine
             "family": model.family,
             "head": model.head.kind,
             "labels": list(model.head.labels),
+            "adapter_hash": job.start.adapter_hash,
         },
         "kind": job.data.kind,
         "method": {"name": spec.method.name, **plain(spec.method.options())},
         "label": spec.method.label,
         "learning_rate": spec.method.learning_rates[0],
         "seed": spec.seed,
-        "effective_scale": job.method.scale,
-        "effective_scales": lora.scales(*job.parts),
+        "effective_scale": job.start.method.scale,
+        "effective_scales": lora.scales(*job.start.parts),
         "trainable_parameters": trained,
         "total_parameters": count(model.params),
-        "dtypes": {"trainable": dtypes(fitted.trainable), "frozen": dtypes(job.parts[2])},
+        "dtypes": {"trainable": dtypes(fitted.trainable), "frozen": dtypes(job.start.frozen)},
         "data_hash": text.data_hash(job.data),
         "splits": {
             name: {
@@ -342,9 +375,9 @@ def new_record(job: Job, before: dict, after: dict, fitted: train.Fitted, traine
 
 def resolved(job: Job) -> dict:
     """The run's configuration as plain JSON, complete enough to rebuild the model from it."""
-    spec, model = job.spec, job.model
+    spec, model = job.spec, job.start.base
     local = Path(spec.model.path).expanduser().is_dir()
-    path = str(job.directory.resolve()) if local else spec.model.path
+    path = str(job.start.directory.resolve()) if local else spec.model.path
     config = {
         "model": {
             "path": path,

@@ -25,7 +25,7 @@ class Card(NamedTuple):
 
     base: a hub id or a directory; base_is_hub: which of the two.
     kind, labels: of the head. facts: (name, value) in order. metrics: dicts with `name`, `value`
-      and, where known, `split`, `low`, `high`, `n`, `reason`.
+      and, where known, `split`, `low`, `high`, `n`, `reason`. pad_id: what the base has to be told.
     """
 
     title: str
@@ -37,6 +37,7 @@ class Card(NamedTuple):
     method: str
     facts: Sequence[tuple[str, Any]]
     metrics: Sequence[Mapping[str, Any]]
+    pad_id: int | None = None
 
 
 def render(card: Card) -> str:
@@ -107,6 +108,7 @@ def _reason(metric: Mapping[str, Any]) -> str:
 def _usage(card: Card) -> str:
     auto = AUTO_CLASSES[card.kind]
     extra = f", num_labels={len(card.labels)}" if card.labels else ""
+    extra += "" if card.pad_id is None else f", pad_token_id={card.pad_id}"
     if card.format == "hf":
         lines = [
             f"from transformers import {auto}, AutoTokenizer",

@@ -21,10 +21,10 @@ PACKAGES = ("jax_lowrank", "jax", "jaxlib", "flax", "optax", "numpy", "transform
 READERS = ("report", "evaluation", "cli", "dry_run", "export", "model_card", "__main__", "progress")
 
 
-def hash_files(directory: Path) -> str:
-    """SHA-256 over config.json and the weight files of a model directory: 64 hex characters."""
+def hash_files(directory: Path, config: str = "config.json") -> str:
+    """SHA-256 over the configuration and the weight files of a directory: 64 hex characters."""
     digest = hashlib.sha256()
-    for file in [directory / "config.json", *sorted(directory.glob("*.safetensors"))]:
+    for file in [directory / config, *sorted(directory.glob("*.safetensors"))]:
         digest.update(file.name.encode())
         with file.open("rb") as handle:
             while block := handle.read(1 << 22):

@@ -1,4 +1,4 @@
-"""A finished run, or a bare checkpoint, loaded again: to generate, to measure, to export."""
+"""A finished run, a PEFT adapter or a bare checkpoint, loaded to generate or to measure."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jax_lowrank import export, infer, models, results
+from jax_lowrank import adapters, export, infer, models, results
 from jax_lowrank.adapt.method import bind
-from jax_lowrank.config import ModelSpec, require
-from jax_lowrank.config_run import EvaluateSpec, GenerateSpec
+from jax_lowrank.config import require
+from jax_lowrank.config_run import EvaluateSpec, GenerateSpec, LoadSpec
 from jax_lowrank.evaluation import classification, perplexity
 from jax_lowrank.models.head import Head
 from jax_lowrank.study.measure import decode
@@ -32,15 +32,21 @@ class Trained(NamedTuple):
     record: Mapping
 
 
-def load(target: str, spec: ModelSpec) -> Trained:
-    """The model of a run's directory, or of a Hugging Face directory or hub id.
+def load(target: str, spec: LoadSpec) -> Trained:
+    """The model of a run's directory, of a PEFT adapter's, or of a Hugging Face one or hub id.
 
-    spec: revision and dtype of a bare checkpoint. Raises ValueError or OSError, in one sentence.
+    spec: revision of a bare checkpoint, dtype of its or of an adapter's base. Raises ValueError or
+    OSError, in one sentence.
     """
-    if (Path(target) / "record.json").is_file():
-        run = export.read_run(Path(target))
+    place = Path(target)
+    if (place / "record.json").is_file():
+        run = export.read_run(place)
         loaded = export.load_run(run)
         model, directory, record = loaded.base, run.base, run.record
+        graphdef, states = loaded.graphdef, (loaded.trainable, loaded.frozen)
+    elif adapters.is_adapter(place):
+        loaded = adapters.load(place, dtype=param_dtype(spec.dtype))
+        model, directory, record = loaded.base, loaded.directory, {}
         graphdef, states = loaded.graphdef, (loaded.trainable, loaded.frozen)
     else:
         directory, record = models.weights.resolve(target, spec.revision), {}
@@ -68,19 +74,8 @@ def read_prompts(spec: GenerateSpec) -> list:
 
 
 def generate(trained: Trained, prompts: list, spec: GenerateSpec) -> list[list[str]]:
-    """`spec.samples` continuations of each prompt, the prompt left out.
-
-    Raises ValueError for a model that predicts no tokens and for a prompt that does not fit.
-    """
-    head, words = trained.model.head.kind, trained.text
-    require(head == "causal-lm", f"the model has a {head} head, which continues no text")
-    encoded = encode.encode_prompts(prompts, words, chat=spec.chat)
-    limit, longest = trained.model.config.max_positions, max(map(len, encoded))
-    require(
-        longest + spec.max_new_tokens <= limit,
-        f"the longest prompt has {longest} tokens; with {spec.max_new_tokens} new ones that is"
-        f" above the model's {limit} positions",
-    )
+    """`spec.samples` continuations of each prompt, the prompt left out; see `prompt_tokens`."""
+    words, encoded = trained.text, prompt_tokens(trained, prompts, spec)
     drawn = infer.sample(
         trained.apply,
         trained.states,
@@ -96,8 +91,33 @@ def generate(trained: Trained, prompts: list, spec: GenerateSpec) -> list[list[s
     return [decode(words, prompt, rows) for prompt, rows in zip(encoded, drawn)]
 
 
-def evaluate(trained: Trained, spec: EvaluateSpec) -> tuple[list[dict], dict]:
-    """Metrics and per-example outputs on a file; a run's own settings come in `spec`."""
+def prompt_tokens(trained: Trained, prompts: list, spec: GenerateSpec) -> list[list[int]]:
+    """Token ids of the prompts.
+
+    Raises ValueError for a model that predicts no tokens and for a prompt that does not fit.
+    """
+    head = trained.model.head.kind
+    require(head == "causal-lm", f"the model has a {head} head, which continues no text")
+    encoded = encode.encode_prompts(prompts, trained.text, chat=spec.chat)
+    limit, longest = trained.model.config.max_positions, max(map(len, encoded))
+    require(
+        longest + spec.max_new_tokens <= limit,
+        f"the longest prompt has {longest} tokens; with {spec.max_new_tokens} new ones that is"
+        f" above the model's {limit} positions",
+    )
+    return encoded
+
+
+class Rows(NamedTuple):
+    """Examples to measure on, and their token ids."""
+
+    kind: str
+    examples: text.Examples
+    encoded: encode.Encoded
+
+
+def read_rows(trained: Trained, spec: EvaluateSpec) -> Rows:
+    """The examples of a file; a run's own settings come in `spec`. Raises ValueError."""
     head, kind = trained.model.head, spec.data.kind
     if head.kind == "classification":
         require(kind in ("auto", head.kind), f"the model classifies, but data.kind is {kind!r}")
@@ -119,6 +139,12 @@ def evaluate(trained: Trained, spec: EvaluateSpec) -> tuple[list[dict], dict]:
         max_length=min(spec.max_length, limit),
         mask_prompt=spec.data.mask_prompt,
     )
+    return Rows(kind, examples, encoded)
+
+
+def evaluate(trained: Trained, spec: EvaluateSpec) -> tuple[list[dict], dict]:
+    """Metrics and per-example outputs on a file; raises what `read_rows` does."""
+    kind, examples, encoded = read_rows(trained, spec)
     arrays = observe(
         kind,
         trained.apply,
@@ -128,7 +154,8 @@ def evaluate(trained: Trained, spec: EvaluateSpec) -> tuple[list[dict], dict]:
         spec.batch_size,
         trained.text.pad_id,
     )
-    metrics = measure(arrays, spec.level, head, trained.record.get("majority_class"))
+    majority = trained.record.get("majority_class")
+    metrics = measure(arrays, spec.level, trained.model.head, majority)
     metrics = [{**metric, "truncated": encoded.num_truncated} for metric in metrics]
     return metrics, {"ids": np.array(examples.ids), **arrays}
 
@@ -229,10 +256,15 @@ def _number(value: float | None) -> str:
     return "?" if value is None else f"{value:.3f}"
 
 
+def check_new(out: str | None) -> None:
+    """Raise ResultsError where `out` exists: nothing is overwritten."""
+    if out and Path(out).exists():
+        raise results.ResultsError(f"{out} is there already; choose another --out")
+
+
 def write_evaluation(out: Path, metrics: list[dict], arrays: dict) -> None:
     """metrics.json and predictions.npz under `out`, which must be new."""
-    if out.exists():
-        raise results.ResultsError(f"{out} is there already; choose another --out")
+    check_new(str(out))
 
     def fill(partial: Path) -> None:
         (partial / "metrics.json").write_text(json.dumps(metrics, indent=1))

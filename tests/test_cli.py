@@ -67,7 +67,7 @@ WRONG = {
     "preset": ("{ok} --method.targets all-lienar", "matches no layer; use a preset (all-linear"),
     "rates": ("{ok} --learning-rate 1e-3 1e-4", "a run has one learning rate, not 2"),
     "pretraining's rate": ("{ok} --train.learning-rate 0.1", "use --learning-rate"),
-    "family": ("{ok} --model.family llama", "model.family and model.sizes say nothing here"),
+    "dtype": ("{ok} --model.dtype float16", "model.dtype: 'float16' is not one of"),
     "kind": ("{ok} --data.kind chatt", "did you mean 'chat'"),
     "share": ("{ok} --data.validation-fraction 1", "validation_fraction 1.0 is outside (0, 1)"),
     "length": ("{ok} --max-length 99", "is above the model's 48 positions; use --max-length 48"),

@@ -130,6 +130,8 @@ def test_every_option_can_be_set_on_the_command_line():
     ("changed", "label"),
     [
         ({}, "LoRA r=8"),
+        ({"alpha": 16.5}, "LoRA r=8 alpha=16.5"),
+        ({"alpha": 32.0, "targets": "qv"}, "LoRA r=8 alpha=32 (qv)"),
         ({"targets": "qv"}, "LoRA r=8 (qv)"),
         ({"rslora": True}, "LoRA r=8 (rslora)"),
         ({"layers": "last", "layer_fraction": 0.25}, "LoRA r=8 (last 0.25 of layers)"),

@@ -217,6 +217,8 @@ def test_config_of_another_head_and_precision(tmp_path):
     run, _ = finetune_run(tmp_path / "other", base, head=Head("classification", LABELS))
     made = json.loads((export.export(run, "hf") / "config.json").read_text())
     assert made["pad_token_id"] == words.pad_token_id == 0 and len(made["id2label"]) == 3
+    card = (export.export(run, "peft") / "README.md").read_text()
+    assert ", num_labels=3, pad_token_id=0)" in card
 
 
 def test_a_bfloat16_base_stays_bfloat16(base, tmp_path):

@@ -13,8 +13,8 @@ from tiny_text import jsonl
 
 from jax_lowrank import cli, data, finetune, infer, train, trained
 from jax_lowrank.adapt.method import bind
-from jax_lowrank.config import MethodSpec, ModelSpec, TrainSpec
-from jax_lowrank.config_run import DataSpec, FinetuneSpec
+from jax_lowrank.config import MethodSpec, TrainSpec
+from jax_lowrank.config_run import CheckpointSpec, DataSpec, FinetuneSpec
 from jax_lowrank.models.head import Head
 from jax_lowrank.tasks import encode
 
@@ -142,7 +142,7 @@ def test_classes_are_learnt(folder):
 
 def spec_of(folder, kind="completion", **changed):
     fields = {
-        "model": ModelSpec(str(folder / "model")),
+        "model": CheckpointSpec(path=str(folder / "model")),
         "data": DataSpec(str(folder / f"{kind}.jsonl")),
         "method": MethodSpec("lora", (1e-2,), rank=2),
         "train": TrainSpec(epochs=1, batch_size=8, max_length=32),
@@ -157,7 +157,7 @@ def prepared(folder, **changed):
 def test_the_prompt_gets_no_gradient(folder):
     """The loss's gradient is that of the completion's log-probabilities, written out by hand."""
     job = prepared(folder, method=MethodSpec("full", (1e-2,)))
-    graphdef, trainable, frozen = job.parts
+    graphdef, trainable, frozen = job.start.parts
     batches, encoded = finetune.make_batches(job), job.encoded["train"]
     full = next(t for t in range(batches.steps_per_epoch) if batches.rows(t).min() >= 0)
     batch, rows = batches.batch(full), batches.rows(full)
@@ -192,8 +192,8 @@ def test_without_masking_every_token_counts(folder):
     weights = [finetune.make_batches(job).batch(0).weights.sum() for job in (masked, whole)]
     assert weights[0] < weights[1]
     scored = infer.likelihood(
-        bind(masked.model.graphdef),
-        (masked.model.params,),
+        bind(masked.start.base.graphdef),
+        (masked.start.base.params,),
         masked.encoded["train"].sequences,
         batch_size=8,
         pad_id=0,
@@ -206,7 +206,7 @@ def test_padding_does_not_change_a_class(folder):
     job = prepared(folder, data=DataSpec(str(folder / "classification.jsonl")))
     sequences = [s[: 2 + i % 4] for i, s in enumerate(job.encoded["train"].sequences)]
     job = job._replace(encoded={"train": encode.Encoded(sequences, None, 0)})
-    model = (bind(job.model.graphdef), (job.model.params,))
+    model = (bind(job.start.base.graphdef), (job.start.base.params,))
     one = infer.classify(*model, sequences, batch_size=8, pad_id=job.text.pad_id)
     other = infer.classify(*model, sequences, batch_size=36, pad_id=7)
     np.testing.assert_allclose(one, other, atol=1e-6)
@@ -217,12 +217,36 @@ def test_padding_does_not_change_a_class(folder):
     assert sum(b.weights.sum() for b in steps) == len(sequences) == 36
     total = [
         train.classification_loss(
-            lambda *s: bind(job.model.graphdef)(s[0]), job.model.params, None, b, None
+            lambda *s: bind(job.start.base.graphdef)(s[0]), job.start.base.params, None, b, None
         )
         for b in steps
     ]
+    # The 4 rows that fill up the last batch count neither above nor below the line.
+    assert [len(b.tokens) for b in steps] == [8] * 5 and sum(t[1].sum() for t in total) == 36
     by_hand = finetune.mean_loss({"logits": one, "labels": job.data.splits["train"].labels})
     assert sum(t[0].sum() for t in total) / 36 == pytest.approx(by_hand, rel=1e-5)
+
+
+def test_the_start_is_kept_where_every_epoch_is_worse(folder, tmp_path, monkeypatch, capsys):
+    """Weights, outputs and metrics are those of the best validation, not of the last epoch."""
+    line = arguments(folder, tmp_path / "out", "--test", folder / "completion.jsonl")
+    code, _, err = run([*line, "--learning-rate", "3", "--epochs", 2], monkeypatch, capsys)
+    assert code == 0, err
+    record = record_of(tmp_path / "out")
+    log = [json.loads(x) for x in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
+    losses = [line["validation_loss"] for line in log if "validation_loss" in line]
+    assert len(losses) == 3 and min(losses[1:]) > losses[0] + 0.1
+    assert record["best_step"] == 0 and record["validation_loss"] == losses[0]
+    for split in ("validation", "test"):
+        assert metrics_of(record, split) == {
+            name: {**metric, "when": "after"}
+            for name, metric in metrics_of(record, split, "before").items()
+        }
+    stored = load_file(tmp_path / "out" / "trainable.safetensors")
+    assert not any(value.any() for path, value in stored.items() if path.endswith(".b"))
+    with np.load(tmp_path / "out" / "predictions.npz") as outputs:
+        nll, tokens = outputs["validation/nll"], outputs["validation/tokens"]
+    assert nll.sum() / tokens.sum() == pytest.approx(losses[0])
 
 
 def arguments(folder, out, *more, kind="completion"):
@@ -240,6 +264,78 @@ def test_a_dry_run_writes_nothing(folder, tmp_path, monkeypatch, capsys):
     assert "trains 3,072 of" in rest and "at scale 2" in rest
     assert "trainable 12.3 kB, optimizer 24.6 kB" in rest and "gradients and activations" in rest
     assert "would write results/completion-lora-" in rest
+
+
+def test_dry_runs_of_the_other_commands_write_nothing(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    completion = folder / "runs" / "completion"
+    chosen = ["--prompt", "the cat", "--samples", 3, "--max-new-tokens", 6, "--dry-run"]
+    code, said, err = run(["generate", completion, *chosen], monkeypatch, capsys)
+    assert code == 0 and '"max_new_tokens": 6' in said, err
+    assert "model: gpt2, causal-lm head; " in said and "of at most 3 tokens; 3 continu" in said
+    assert "write nothing" in said and "the parameters" not in said and "memory: param" in said
+    line = ["evaluate", completion, "--data", folder / "completion.jsonl", "--dry-run"]
+    code, said, err = run([*line, "--out", "kept"], monkeypatch, capsys)
+    assert code == 0 and "completion: 24 rows, 0 cut; at most 24 x " in said, err
+    assert "would write kept: metrics.json, predictions.npz" in said
+    parameters = 3072 + record_of(completion)["total_parameters"]
+    assert f"{parameters:,} parameters" in said
+    for format, files in {"hf": "model.safetensors", "peft": "adapter_model.safetensors"}.items():
+        line = ["export", completion, "--format", format, "--out", "new", "--dry-run"]
+        code, said, err = run(line, monkeypatch, capsys)
+        assert code == 0 and f"would write new: {files} (" in said and "README.md" in said, err
+        code, _, err = run([*line[:-2], folder, "--dry-run"], monkeypatch, capsys)
+        assert code == 2 and "is not empty; choose another --out" in err
+    line = ["export", folder / "runs" / "chat", "--format", "peft", "--dry-run"]
+    code, _, err = run(line, monkeypatch, capsys)
+    assert code == 2 and "PEFT has no format for what method 'full' trains" in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_adapter_is_measured_and_trained_on(folder, tmp_path, monkeypatch, capsys):
+    """What was exported for PEFT goes in again: the same figures, and training from there."""
+    first, adapter = folder / "runs" / "completion", tmp_path / "adapter"
+    assert run(["export", first, "--format", "peft", "--out", adapter], monkeypatch, capsys)[0] == 0
+    file = folder / "completion.jsonl"
+    line = ["--data", file, "--max-length", 32]
+    code, said, err = run(["evaluate", adapter, *line], monkeypatch, capsys)
+    after = metrics_of(record_of(first), "test")
+    assert code == 0 and f"perplexity {after['perplexity']['value']:.3f} [" in said, err
+    line = ["finetune", "--model", adapter, *line, "--test", file, "--out", tmp_path / "second"]
+    line += ["--epochs", 1, "--batch-size", 8, "--learning-rate", 1e-3]
+    for wrong in (["--rank", 4], ["--method", "full"], ["--method.dora", "True"]):
+        code, _, err = run([*line, *wrong], monkeypatch, capsys)
+        assert code == 2 and "is an adapter, which brings rank, alpha, targets" in err, err
+    code, said, err = run(line, monkeypatch, capsys)
+    assert code == 0, err
+    record = record_of(tmp_path / "second")
+    before = metrics_of(record, "test", "before")
+    for name, metric in after.items():
+        assert before[name]["value"] == pytest.approx(metric["value"], rel=1e-5)
+    assert metrics_of(record, "test")["perplexity"]["value"] < before["perplexity"]["value"]
+    assert record["method"]["rank"] == 8 and len(record["model"]["adapter_hash"]) == 64
+    again = tmp_path / "again"
+    code, _, err = run(
+        ["export", tmp_path / "second", "--format", "peft", "--out", again], monkeypatch, capsys
+    )
+    config, other = (
+        json.loads((place / "adapter_config.json").read_text()) for place in (adapter, again)
+    )
+    assert code == 0 and config == other
+    assert record["model"]["adapter_hash"] in (again / "README.md").read_text()
+
+
+def test_an_adapter_for_another_head_is_refused(folder, tmp_path, monkeypatch, capsys):
+    adapter = tmp_path / "adapter"
+    line = ["export", folder / "runs" / "classification", "--format", "peft", "--out", adapter]
+    assert run(line, monkeypatch, capsys)[0] == 0
+    line = ["finetune", "--model", adapter, "--max-length", 32, "--out", tmp_path / "out"]
+    code, _, err = run([*line, "--data", folder / "completion.jsonl"], monkeypatch, capsys)
+    assert code == 2 and "is an adapter for classification with 2 classes, but the data are" in err
+    data = ["--data", folder / "classification.jsonl", "--epochs", 1, "--batch-size", 8]
+    code, said, err = run([*line, *data], monkeypatch, capsys)
+    assert code == 0 and "validation before: accuracy 1.000" in said, err
+    assert record_of(tmp_path / "out")["model"]["labels"] == ["neg", "pos"]
 
 
 def test_the_same_run_is_not_done_again(folder, monkeypatch, capsys):

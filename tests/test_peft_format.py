@@ -94,7 +94,22 @@ CASES = {
         "distilbert_masked-lm",
         {**SMALL, "targets": r"blocks\.(attn\.q|mlp\.down)"},
     ),
+    "opt_all_linear": ("opt_350m", {**SMALL, "targets": ".*"}),
+    "qwen2_classifier": (
+        "qwen2",
+        {
+            **SMALL,
+            "rslora": True,
+            "targets": r"blocks\.(attn\.(q|v)|mlp\.gate)",
+            "rank_pattern": {r"blocks\.mlp\.gate": 3},
+        },
+    ),
+    "qwen2_dora_last": (
+        "qwen2_window",
+        {**SMALL, "targets": r"blocks\.(attn\.k|mlp\.up)", "dora": True, "layers": "1"},
+    ),
 }
+OPT_LINEAR = ["fc1", "fc2", "k_proj", "out_proj", "project_in", "project_out", "q_proj", "v_proj"]
 every_case = pytest.mark.parametrize("case", CASES)
 
 
@@ -170,6 +185,9 @@ def test_what_peft_made_comes_back_bit_for_bit(case):
         "bert_features": ["value"],
         "roberta_classifier": ["key", "value"],
         "distilbert_classifier": ["lin2", "q_lin"],
+        "opt_all_linear": OPT_LINEAR,
+        "qwen2_classifier": ["gate_proj", "q_proj", "v_proj"],
+        "qwen2_dora_last": ["k_proj", "up_proj"],
     }
     assert again.config["target_modules"] == expected[case]
     saved = {
@@ -177,6 +195,7 @@ def test_what_peft_made_comes_back_bit_for_bit(case):
         "bert_all_linear": ["classifier"],
         "roberta_classifier": ["classifier"],
         "distilbert_classifier": ["classifier", "pre_classifier"],
+        "qwen2_classifier": ["score"],
     }
     assert again.config["modules_to_save"] == saved.get(case)
     assert again.config["auto_mapping"] == original.config["auto_mapping"]
@@ -210,6 +229,7 @@ OURS = {
     "dora": {"rank": 2, "alpha": 4.0, "dora": True},
     "pissa": {"rank": 2, "alpha": 4.0, "init": "pissa"},
     "olora": {"rank": 2, "alpha": 4.0, "init": "olora", "rslora": True},
+    "pissa_dora": {"rank": 2, "alpha": 4.0, "init": "pissa", "dora": True},
 }
 
 
@@ -240,7 +260,7 @@ def test_what_we_made_comes_back(name, option, tmp_path):
     tokens = oracle_of(name)["tokens"]
     ours = logits_of(trained.graphdef, (trained.trainable, trained.frozen), tokens)
     theirs = logits_of(back.graphdef, (back.trainable, back.frozen), tokens)
-    if option in ("pissa", "olora"):  # on the original base the rank is doubled
+    if OURS[option].get("init") in ("pissa", "olora"):  # on the original base the rank is doubled
         assert back.options["rank"] == 4 and "init" not in back.options
         assert_close(ours, theirs, atol=1e-5)
         return

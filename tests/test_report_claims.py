@@ -1,11 +1,13 @@
 """Claims on studies whose effects are planted: each verdict comes out as it must."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import report_study
 
+from jax_lowrank.config import MethodSpec, plain
 from jax_lowrank.report import answer, claims, grid, tables
 
 FLAT = dict.fromkeys(("base", *report_study.RANKS, "full"), 0.3)
@@ -109,6 +111,21 @@ def test_a_diverged_seed_leaves_only_the_common_seeds(tmp_path):
     assert seeds["LoRA r=1 − full fine-tuning"] == 2
     assert seeds["full fine-tuning − base"] == 2
     assert seeds["slope over ranks 1, 4, 16"] == 2
+
+
+def test_series_join_ranks_whatever_alpha_does(planted):
+    def series_of(*cells):
+        specs = [MethodSpec("lora", (1e-3,), rank=rank, alpha=alpha) for rank, alpha in cells]
+        records = [{"label": s.label, "rank": s.rank, "method": plain(s)} for s in specs]
+        runs = {record["label"]: {1: SimpleNamespace(record=record)} for record in records}
+        return grid.rank_series(grid.arrange(planted)._replace(labels=tuple(runs), runs=runs))
+
+    follows = {"LoRA": [(4, "LoRA r=4 alpha=8"), (8, "LoRA r=8"), (16, "LoRA r=16 alpha=32")]}
+    assert series_of((4, 8), (8, 16), (16, 32)) == follows
+    assert series_of((8, 16), (8, 32), (4, 32)) == {
+        "LoRA alpha=16": [(8, "LoRA r=8")],
+        "LoRA alpha=32": [(4, "LoRA r=4 alpha=32"), (8, "LoRA r=8 alpha=32")],
+    }
 
 
 def test_answer_follows_the_verdicts(planted, tmp_path):

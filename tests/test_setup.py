@@ -159,6 +159,7 @@ def dry_run(target, venv):
         ("test-slow", [".test"]),
         ("lint", [".test"]),
         ("bench", [".core", ".oracle"]),
+        ("test-live", [".oracle"]),
     ],
 )
 def test_make_installs_once_and_again_when_the_lock_is_newer(tmp_path, target, stamps):

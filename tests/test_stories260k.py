@@ -182,7 +182,7 @@ def test_small_study_on_real_weights_end_to_end(tmp_path, monkeypatch):
     fingerprints = execute(prepare(study, out, print), print)
     result = results.read_study(out)
     runs = {run.record["label"]: run for run in result.runs if run.arrays}
-    assert set(runs) == {"base", "LoRA r=1", "full fine-tuning"}
+    assert set(runs) == {"base", "LoRA r=1 alpha=2", "full fine-tuning"}
     for run in runs.values():
         assert run.arrays["tuned/harm"].shape == (24, 4)
         assert 0 <= run.arrays["tuned/harm"].mean() < 1
@@ -191,5 +191,5 @@ def test_small_study_on_real_weights_end_to_end(tmp_path, monkeypatch):
         assert np.mean([text.startswith(" ") for text in texts]) > 0.5
     assert 0 < runs["base"].arrays["transfer/harm"].mean() < 1
     losses = {label: run.record["validation_loss"] for label, run in runs.items()}
-    assert losses["full fine-tuning"] < losses["LoRA r=1"] < 4.5
+    assert losses["full fine-tuning"] < losses["LoRA r=1 alpha=2"] < 4.5
     assert execute(prepare(study, out, print), print) == fingerprints

@@ -54,7 +54,7 @@ def resolve(path: str, revision: str = "main") -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        patterns = ["*.json", "*.safetensors", "*.model", "*.txt"]
+        patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
         return Path(snapshot_download(path, revision=revision, allow_patterns=patterns))
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]

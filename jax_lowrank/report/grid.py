@@ -103,16 +103,23 @@ def arrange(result: StudyResult) -> Grid:
 
 
 def series(record: dict) -> str:
-    """The LoRA configuration apart from its rank: runs that one line of a figure joins."""
-    return record["label"].replace(f" r={record['rank']}", "")
+    """The LoRA configuration apart from rank and alpha, which often follows the rank."""
+    alpha = f" alpha={record['method']['alpha']:g}"
+    return record["label"].replace(f" r={record['rank']}", "", 1).replace(alpha, "", 1)
 
 
 def rank_series(grid: Grid) -> dict[str, list[tuple[int, str]]]:
-    """series -> its (rank, label), by rank."""
+    """series -> its (rank, label), by rank: what one line of a figure joins.
+
+    Where a rank occurs with several alphas, each alpha is a series of its own.
+    """
     found: dict[str, list[tuple[int, str]]] = {}
-    for label in grid.lora:
-        record = grid.record(label)
-        found.setdefault(series(record), []).append((record["rank"], label))
+    cells = [(series(grid.record(label)), grid.record(label)["rank"]) for label in grid.lora]
+    split = {name for name, rank in cells if cells.count((name, rank)) > 1}
+    for label, (name, rank) in zip(grid.lora, cells):
+        if name in split:
+            name = f"{name} alpha={grid.record(label)['method']['alpha']:g}"
+        found.setdefault(name, []).append((rank, label))
     return {name: sorted(pairs) for name, pairs in found.items()}
 
 

@@ -109,6 +109,34 @@ CASES = {
         "distilbert_masked-lm",
         {"task_type": "SEQ_CLS", "r": 2, "lora_alpha": 4, "target_modules": ["q_lin", "lin2"]},
     ),
+    # Its projections in and out are linear layers outside the blocks.
+    "opt_all_linear": (
+        "opt_350m",
+        {"task_type": "CAUSAL_LM", "r": 2, "lora_alpha": 4, "target_modules": "all-linear"},
+    ),
+    "qwen2_classifier": (
+        "qwen2",
+        {
+            "task_type": "SEQ_CLS",
+            "r": 2,
+            "lora_alpha": 4,
+            "target_modules": ["q_proj", "v_proj", "gate_proj"],
+            "use_rslora": True,
+            "rank_pattern": {"gate_proj": 3},
+        },
+    ),
+    "qwen2_dora_last": (
+        "qwen2_window",
+        {
+            "task_type": "CAUSAL_LM",
+            "r": 2,
+            "lora_alpha": 4,
+            "target_modules": ["k_proj", "up_proj"],
+            "use_dora": True,
+            "layers_to_transform": [1],
+            "layers_pattern": "layers",
+        },
+    ),
 }
 
 
