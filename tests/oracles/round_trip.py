@@ -47,11 +47,11 @@ def main(run, merged, adapter):
         beside = PeftModel.from_pretrained(base, adapter)
         beside.save_pretrained(again)
         loaded = adapters.load(Path(again))
+    print(f"the base alone: largest logit difference {np.abs(plain - expected).max():.1e}")
     for name, model in {"transformers": auto.from_pretrained(merged), "PEFT": beside}.items():
         gap = np.abs(logits_of(model, tokens) - expected).max()
         worst = max(worst, gap)
         print(f"{name}: largest logit difference {gap:.1e}")
-    print(f"the base alone: {np.abs(plain - expected).max():.1f}")
     one, other = (models.by_path(state) for state in (ours.states[0], loaded.trainable))
     same = one.keys() == other.keys() and all(np.array_equal(one[p], other[p]) for p in one)
     print(f"saved by PEFT and read again: {'the same bits' if same else 'NOT the same bits'}")
