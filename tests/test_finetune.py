@@ -305,7 +305,7 @@ def test_an_adapter_is_measured_and_trained_on(folder, tmp_path, monkeypatch, ca
     after = metrics_of(record_of(first), "test")
     assert code == 0 and f"perplexity {after['perplexity']['value']:.3f} [" in said, err
     line = ["finetune", "--model", adapter, *line, "--test", file, "--out", tmp_path / "second"]
-    line += ["--epochs", 3, "--batch-size", 8, "--learning-rate", 1e-2]
+    line += ["--epochs", 12, "--batch-size", 8, "--learning-rate", 3e-3]
     for wrong in (["--rank", 4], ["--method", "full"], ["--method.dora"]):
         code, _, err = run([*line, *wrong], monkeypatch, capsys)
         assert code == 2 and "is an adapter, which brings rank, alpha, targets" in err, err
