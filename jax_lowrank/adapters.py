@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,8 +12,6 @@ import jax.numpy as jnp
 from jax_lowrank import models
 from jax_lowrank.adapt import METHODS, lora, peft_format
 from jax_lowrank.adapt.method import Method
-from jax_lowrank.config import MethodSpec, require
-from jax_lowrank.config_run import default_method
 from jax_lowrank.models.head import Head, stored_labels
 from jax_lowrank.models.weights import Row
 
@@ -65,35 +62,6 @@ def load(
     arrays = {path: jnp.asarray(value) for path, value in arrays.items()}
     trainable = models.with_arrays(trainable, {**models.by_path(trainable), **arrays})
     return Adapted(model, place, method, options, graphdef, trainable, frozen)
-
-
-def continued(
-    directory: Path, given: MethodSpec, head: Head, dtype, key: jax.Array
-) -> tuple[MethodSpec, Adapted]:
-    """The PEFT adapter in a directory to train on, and its method with the given learning rate.
-
-    Raises ConfigError where `given` has more options than the learning rate and plus_ratio, which
-    an adapter does not bring, and where the adapter is for another head.
-    """
-    own = {"learning_rates": given.learning_rates, "plus_ratio": given.plus_ratio}
-    require(
-        given == replace(default_method("lora"), **own),
-        f"{directory} is an adapter, which brings rank, alpha, targets and the like; only"
-        " --learning-rate and --method.plus-ratio can be set",
-    )
-    found = load(directory, dtype=dtype, key=key)
-    theirs = found.base.head
-    require(
-        theirs.kind == head.kind and len(theirs.labels) == len(head.labels),
-        f"{directory} is an adapter for {_in_words(theirs)}, but the data are for"
-        f" {_in_words(head)}",
-    )
-    spec = MethodSpec("lora", **own, **found.options)
-    return spec, found._replace(base=found.base._replace(head=head))
-
-
-def _in_words(head: Head) -> str:
-    return f"{head.kind} with {len(head.labels)} classes" if head.labels else head.kind
 
 
 def is_adapter(directory: Path) -> bool:

@@ -11,50 +11,30 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
 from safetensors.numpy import save_file
 
-from jax_lowrank import adapters, data, models, provenance, results, train
-from jax_lowrank.adapt import METHODS, lora
-from jax_lowrank.adapt.method import Method, count, dtypes
+from jax_lowrank import data, models, provenance, results, train
+from jax_lowrank.adapt import lora
+from jax_lowrank.adapt.method import count, dtypes
 from jax_lowrank.checkpoint import Checkpoints
 from jax_lowrank.config import fingerprint, plain, require
 from jax_lowrank.config_run import DataSpec, FinetuneSpec
 from jax_lowrank.models.head import Head
 from jax_lowrank.progress import Progress
-from jax_lowrank.study.prepare import Text, load_text, param_dtype
+from jax_lowrank.starting import Start, start
+from jax_lowrank.study.prepare import Text, load_text
 from jax_lowrank.study.training import fit, guards, make_program, progress_log
 from jax_lowrank.tasks import encode, text
 from jax_lowrank.trained import mean_loss, measure, observe, sentence
 from jax_lowrank.workers import claim
 
 FILES = ("config.json", "record.json", "splits.json", "log.jsonl", "predictions.npz")
-
-
-class Start(NamedTuple):
-    """A base model as the method splits it.
-
-    directory: of the base. adapter_hash: of the adapter that training goes on from, or None.
-    """
-
-    base: models.Model
-    directory: Path
-    method: Method
-    graphdef: Any
-    trainable: Any
-    frozen: Any
-    adapter_hash: str | None
-
-    @property
-    def parts(self) -> tuple:
-        """What `Method.split` gave."""
-        return self.graphdef, self.trainable, self.frozen
 
 
 class Job(NamedTuple):
@@ -103,24 +83,6 @@ def prepare(spec: FinetuneSpec, out: str, note: Callable[[str], None]) -> Job:
     place = Path(out) if out else Path("results") / default_name(spec, name)
     check_place(place, name)
     return Job(spec, place, examples, encoded, words, started, weights_hash, name)
-
-
-def start(spec: FinetuneSpec, directory: Path, head: Head, key) -> tuple[FinetuneSpec, Start]:
-    """The split model that training begins with.
-
-    directory: of a checkpoint, or of a PEFT adapter that is trained on: then its method is in the
-    spec that comes back.
-    """
-    dtype, fresh = param_dtype(spec.model.dtype), jax.random.fold_in(key, 1)
-    if not adapters.is_adapter(directory):
-        model = models.load(directory, dtype, head=head, key=fresh)
-        method = METHODS[spec.method.name](**spec.method.options())
-        return spec, Start(model, directory, method, *method.split(key, model), None)
-    lora_spec, found = adapters.continued(directory, spec.method, head, dtype, fresh)
-    method = METHODS["lora"](**lora_spec.options())
-    hashed = provenance.hash_files(directory, "adapter_config.json")
-    started = Start(found.base, found.directory, method, *found.parts, hashed)
-    return replace(spec, method=lora_spec), started
 
 
 def read_data(spec: DataSpec) -> text.Data:

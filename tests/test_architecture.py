@@ -43,6 +43,7 @@ ALLOWED = {
     "study": ("",),
     "cli_help": (),
     "finetune": ("",),
+    "starting": ("",),
     "dry_run": ("",),
     "trained": ("",),
     "cli": ("",),

@@ -1,0 +1,84 @@
+"""Where a fine-tuning run starts: a checkpoint, or a PEFT adapter beside its base model."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from jax_lowrank import adapters, models, provenance
+from jax_lowrank.adapt import METHODS
+from jax_lowrank.adapt.method import Method
+from jax_lowrank.config import MethodSpec, require
+from jax_lowrank.config_run import FinetuneSpec, default_method
+from jax_lowrank.models.head import Head
+from jax_lowrank.study.prepare import param_dtype
+
+
+class Start(NamedTuple):
+    """A base model as the method splits it.
+
+    directory: of the base. adapter_hash: of the adapter that training goes on from, or None.
+    """
+
+    base: models.Model
+    directory: Path
+    method: Method
+    graphdef: Any
+    trainable: Any
+    frozen: Any
+    adapter_hash: str | None
+
+    @property
+    def parts(self) -> tuple:
+        """What `Method.split` gave."""
+        return self.graphdef, self.trainable, self.frozen
+
+
+def start(spec: FinetuneSpec, directory: Path, head: Head, key) -> tuple[FinetuneSpec, Start]:
+    """The split model that training begins with.
+
+    directory: of a checkpoint, or of a PEFT adapter that is trained on: then its method is in the
+    spec that comes back.
+    """
+    dtype, fresh = param_dtype(spec.model.dtype), jax.random.fold_in(key, 1)
+    if not adapters.is_adapter(directory):
+        model = models.load(directory, dtype, head=head, key=fresh)
+        method = METHODS[spec.method.name](**spec.method.options())
+        return spec, Start(model, directory, method, *method.split(key, model), None)
+    lora_spec, found = goes_on(directory, spec.method, head, dtype, fresh)
+    method = METHODS["lora"](**lora_spec.options())
+    hashed = provenance.hash_files(directory, "adapter_config.json")
+    started = Start(found.base, found.directory, method, *found.parts, hashed)
+    return replace(spec, method=lora_spec), started
+
+
+def goes_on(
+    directory: Path, given: MethodSpec, head: Head, dtype, key: jax.Array
+) -> tuple[MethodSpec, adapters.Adapted]:
+    """The PEFT adapter in a directory to train on, and its method with the given learning rate.
+
+    Raises ConfigError where `given` has more options than the learning rate and plus_ratio, which
+    an adapter does not bring, and where the adapter is for another head.
+    """
+    own = {"learning_rates": given.learning_rates, "plus_ratio": given.plus_ratio}
+    require(
+        given == replace(default_method("lora"), **own),
+        f"{directory} is an adapter, which brings rank, alpha, targets and the like; only"
+        " --learning-rate and --method.plus-ratio can be set",
+    )
+    found = adapters.load(directory, dtype=dtype, key=key)
+    theirs = found.base.head
+    require(
+        theirs.kind == head.kind and len(theirs.labels) == len(head.labels),
+        f"{directory} is an adapter for {_in_words(theirs)}, but the data are for"
+        f" {_in_words(head)}",
+    )
+    spec = MethodSpec("lora", **own, **found.options)
+    return spec, found._replace(base=found.base._replace(head=head))
+
+
+def _in_words(head: Head) -> str:
+    return f"{head.kind} with {len(head.labels)} classes" if head.labels else head.kind
