@@ -9,7 +9,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from jax_lowrank.cli_help import EVALUATE_HELP, EXPORT_HELP, FINETUNE_HELP, GENERATE_HELP, HELP
+from jax_lowrank.cli_help import (
+    AUDIT_HELP,
+    EVALUATE_HELP,
+    EXPORT_HELP,
+    FINETUNE_HELP,
+    GENERATE_HELP,
+    HELP,
+)
+from jax_lowrank.processes import join, set_up_jax, use_fast_memory
 
 SHORT = {
     "--model": "--model.path",
@@ -40,6 +48,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     commands = {
         "study": study_command,
+        "audit-topology": audit_command,
         "report": report_command,
         "finetune": finetune_command,
         "generate": generate_command,
@@ -72,8 +81,11 @@ def fail(message: str, code: int = 2) -> int:
 
 
 def note(text: str) -> None:
-    """A line of progress."""
-    print(text, file=sys.stderr, flush=True)
+    """A line of progress; of several processes the first one speaks."""
+    import jax
+
+    if jax.process_index() == 0:
+        print(text, file=sys.stderr, flush=True)
 
 
 def parse(kind: type, default: Any, args: list[str], prog: str, description: str = "") -> Any:
@@ -125,14 +137,16 @@ def study_command(args: list[str]) -> int:
         out, rest = take_option(rest, "--out")
         part, rest = take_option(rest, "--shard")
         shard = shard_of(part, os.environ)
+        distributed, rest = take_flag(rest, "--distributed")
         study = load_config(config)
         if rest:
-            prog = f"jax-lowrank study {config} [--out DIR] [--shard i/n]"
+            prog = f"jax-lowrank study {config} [--out DIR] [--shard i/n] [--distributed]"
             study = parse(Study, study, rest, prog)
     except (ValueError, OSError) as error:
         return fail(str(error))
     use_fast_memory()
     set_up_jax()
+    join(distributed, os.environ)
     from jax_lowrank import results
     from jax_lowrank.study import execute, prepare
     from jax_lowrank.train import DivergedError
@@ -154,6 +168,31 @@ def study_command(args: list[str]) -> int:
     return write_report(directory)
 
 
+def audit_command(args: list[str]) -> int:
+    """The same few steps of a study on several meshes, beside other seeds."""
+    from jax_lowrank.config import ConfigError, load_config
+
+    try:
+        config, rest = split_target("audit-topology", "a config file", args)
+        if not config:
+            print(AUDIT_HELP)
+            return 0
+        out, rest = take_option(rest, "--out")
+        steps, rest = take_option(rest, "--steps")
+        if rest or not (steps or "20").isdecimal():
+            return fail(f"audit-topology does not take {(rest or [steps])[0]!r}; see its --help")
+        study = load_config(config)
+        use_fast_memory()
+        set_up_jax()
+        from jax_lowrank.study import audit
+
+        directory = Path(out or f"results/{study.name}-topology")
+        print(audit.run(study, directory, int(steps or 20), note))
+    except (ConfigError, ValueError, OSError) as error:
+        return fail(str(error))
+    return 0
+
+
 def report_command(args: list[str]) -> int:
     """Make the report of finished runs again."""
     try:
@@ -170,24 +209,34 @@ def report_command(args: list[str]) -> int:
 
 def finetune_command(args: list[str]) -> int:
     """One run, or what it would be."""
-    from jax_lowrank.config import ConfigError
+    from jax_lowrank.config import ConfigError, require
     from jax_lowrank.config_run import FinetuneSpec, default_method
 
     out, args = take_option(args, "--out")
     name, args = take_option(lengthen(args, {"--method.name": "--method"}), "--method")
     dry, args = take_flag(args, "--dry-run")
-    prog = "jax-lowrank finetune [--out DIR] [--dry-run]"
+    devices, args = take_option(args, "--devices")
+    distributed, args = take_flag(args, "--distributed")
+    prog = "jax-lowrank finetune [--out DIR] [--dry-run [--devices N]] [--distributed]"
     try:
         default = FinetuneSpec(method=default_method(name or "lora"))
         spec = parse(FinetuneSpec, default, lengthen(args, SHORT), prog, FINETUNE_HELP)
+        require(devices is None or dry, "--devices plans memory: it goes with --dry-run")
+        require((devices or "1").isdecimal(), f"--devices {devices} is not a number of devices")
     except ConfigError as error:
         return fail(str(error))
     use_fast_memory()
     set_up_jax()
+    join(distributed, os.environ)
     from jax_lowrank import finetune, results
     from jax_lowrank.train import DivergedError
 
     try:
+        if devices:
+            from jax_lowrank import memory
+
+            print(memory.plan(spec, int(devices)))
+            return 0
         job = finetune.prepare(spec, out or "", note)
         if dry:
             from jax_lowrank import dry_run
@@ -347,26 +396,3 @@ def take_option(args: list[str], name: str) -> tuple[str | None, list[str]]:
 def take_flag(args: list[str], name: str) -> tuple[bool, list[str]]:
     """Whether `name` is in args, and the other arguments."""
     return name in args, [arg for arg in args if arg != name]
-
-
-def use_fast_memory() -> None:
-    """Start again with huge pages for malloc (Linux): 1.1 to 1.2 times faster steps on CPU.
-
-    glibc reads the setting when a process starts. The same variable stops this from looping.
-    """
-    tunable = "glibc.malloc.hugetlb=1"
-    known = os.environ.get("GLIBC_TUNABLES", "")
-    if sys.platform == "linux" and "glibc.malloc.hugetlb" not in known:
-        os.environ["GLIBC_TUNABLES"] = f"{known}:{tunable}" if known else tunable
-        os.execv(sys.executable, [sys.executable, "-m", "jax_lowrank", *sys.argv[1:]])
-
-
-def set_up_jax() -> None:
-    """Keep compiled programs between sessions, and transformers' notices out of the output."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    import jax
-
-    home = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
-    jax.config.update("jax_compilation_cache_dir", str(home / "jax_lowrank"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

@@ -7,6 +7,7 @@ commands
   study CONFIG [--out DIR] [--FIELD VALUE ...]   run a study, or continue it, and report it;
         [--shard i/n]                            several workers may share one DIR
   report DIR                                     report a results directory again
+  audit-topology CONFIG [--steps N] [--out DIR]  the same steps on several meshes, and seeds
   finetune --model PATH --data FILE [...]        one run: LoRA, full fine-tuning and others
   generate RUN_OR_MODEL --prompt TEXT [...]      continue prompts; also with a PEFT adapter
   evaluate RUN_OR_MODEL --data FILE [...]        measure on a file; also a PEFT adapter
@@ -29,6 +30,18 @@ Exit codes: 0 done, 1 a run failed, 2 the input is wrong, 75 stopped by a signal
 130 interrupted (other commands).
 """
 
+AUDIT_HELP = """\
+Train a study's methods for a few steps on several meshes of the devices, and for every seed on one:
+how far does the order of sums move a result, beside what a seed moves?
+
+examples
+  jax-lowrank audit-topology configs/stories_honest.py --steps 50
+  XLA_FLAGS=--xla_force_host_platform_device_count=8 jax-lowrank audit-topology configs/demo.py
+
+--steps N optimizer steps of each (20), at the method's first learning rate. --out DIR is where
+audit.json goes; default: results/NAME-topology.
+"""
+
 FINETUNE_HELP = """\
 Fine-tune a checkpoint on a file: text, prompts with completions, chats, or texts with classes.
 
@@ -39,7 +52,9 @@ examples
 what to know
   --method NAME   lora, full, bitfit or head, each with its usual learning rate
   --out DIR       where the run goes; default: under results/. The best epoch by validation is kept
-  --dry-run       checks everything, prints configuration, sizes and memory, and writes no result
+  --dry-run       checks everything, prints configuration, sizes and memory, and writes no result;
+                  with --devices N the memory on each of N accelerators, from config.json alone
+  --distributed   this is one of several processes of one run; see tpu_scripts/README.md
   --model DIR     may hold a PEFT adapter: training goes on from it, beside its base model
   short for dotted fields: --model, --data, --validation, --test, --rank, --learning-rate,
   --epochs, --batch-size, --max-length

@@ -43,6 +43,7 @@ METHOD_NAMES = ("full", "lora", "bitfit", "head")
 LAYER_CHOICES = ("first", "last", "random")
 LAYER_LIST = re.compile(r"\d+(,\d+)*")
 INITS = ("kaiming", "gaussian", "pissa", "olora")
+REMATS = ("none", "dots", "offload", "full")
 NO_RESULT = {"result": False}  # metadata of fields that no result depends on
 
 
@@ -180,13 +181,16 @@ class TrainSpec:
     """Largest global gradient norm; 0 turns clipping off."""
     steps_per_call: int = 32
     """Optimizer steps inside one compiled call; does not change the result."""
-    remat: bool = False
-    """Recompute blocks in the backward pass: less memory, somewhat slower."""
+    remat: str = "dots"
+    """What a layer keeps for the backward pass: none (of it is computed again), dots (the matrix
+    products' results are kept), offload (the same, in host memory), full (all is computed again).
+    Less memory in this order, and slower; the result is the same."""
     checkpoint_seconds: float = field(default=60.0, metadata=NO_RESULT)
     """Between two checkpoints: what is lost at most when the process is killed."""
 
     def __post_init__(self) -> None:
         require(self.schedule in SCHEDULES, f"schedule: {nearest(self.schedule, SCHEDULES)}")
+        require(self.remat in REMATS, f"train.remat: {nearest(self.remat, REMATS)}")
         for name in ("epochs", "batch_size", "accumulate", "steps_per_call"):
             require(getattr(self, name) >= 1, f"train.{name} {getattr(self, name)} is below 1")
         require(self.max_length >= 2, f"train.max_length {self.max_length} is below 2")
@@ -199,6 +203,26 @@ class TrainSpec:
         require(ok, f"train.warmup_fraction {self.warmup_fraction} is outside [0, 1)")
         ok = self.checkpoint_seconds >= 0
         require(ok, f"train.checkpoint_seconds {self.checkpoint_seconds} is negative; 60 is usual")
+
+
+@dataclass(frozen=True)
+class MeshSpec:
+    """How many devices share what; -1 in one place stands for all that are left."""
+
+    data: int = 1
+    """Copies of the model, each with its share of a batch's rows."""
+    fsdp: int = -1
+    """Devices that share the rows of a batch, and the parameters as well."""
+    tensor: int = 1
+    """Devices that share the inside of every layer."""
+
+    def __post_init__(self) -> None:
+        sizes = {name: getattr(self, name) for name in ("data", "fsdp", "tensor")}
+        for name, size in sizes.items():
+            require(size == -1 or size >= 1, f"mesh.{name} {size} is neither -1 nor at least 1")
+        unknown = [name for name, size in sizes.items() if size == -1]
+        most = f"mesh: {' and '.join(unknown)} are -1; only one can be what is left, set the others"
+        require(len(unknown) <= 1, f"{most} to 1")
 
 
 @dataclass(frozen=True)
@@ -248,6 +272,7 @@ class Study:
     """Seed of the runs that choose the learning rate; not one of `seeds`."""
     pretrain: TrainSpec | None = None
     evaluate: EvalSpec = EvalSpec()
+    mesh: MeshSpec = MeshSpec()
 
     def __post_init__(self) -> None:
         require(len(self.methods) > 0, "a study needs at least one method")

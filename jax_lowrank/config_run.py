@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from jax_lowrank.config import (
     DTYPES,
     METHOD_NAMES,
+    MeshSpec,
     MethodSpec,
     TrainSpec,
     nearest,
@@ -106,6 +107,7 @@ class FinetuneSpec:
     """Rows at once when the model is measured."""
     level: float = 0.95
     """Of every interval."""
+    mesh: MeshSpec = field(default_factory=MeshSpec)
 
     def __post_init__(self) -> None:
         rates = self.method.learning_rates

@@ -128,6 +128,7 @@ class Batches:
     seed: int
     pad_id: int
     counted: np.ndarray | None = None  # (total,) bool: whose prediction has weight; None: all
+    own: np.ndarray | None = None  # which rows of a batch are made here; None: all `batch_size`
     _memo: dict[int, _Plan] = field(
         default_factory=dict, repr=False
     )  # the newest epoch's plan, to save time only
@@ -142,7 +143,7 @@ class Batches:
         t), in any order.
         """
         rows = self.rows(t)
-        tokens = np.full((self.batch_size, self.width(t)), self.pad_id, np.int32)
+        tokens = np.full((len(rows), self.width(t)), self.pad_id, np.int32)
         weights = np.zeros(tokens.shape, np.float32)
         for place, row in enumerate(rows):
             if row >= 0:
@@ -157,7 +158,8 @@ class Batches:
     def rows(self, t: int) -> np.ndarray:
         """(B,) int32: which sequences batch t shows; -1 for a row that only fills up."""
         epoch, step = self._place(t)
-        return self._plan(epoch).rows[step]
+        rows = self._plan(epoch).rows[step]
+        return rows if self.own is None else rows[self.own]
 
     def width(self, t: int) -> int:
         """S of batch t, one of `widths`."""
@@ -208,6 +210,7 @@ def make_batches(
     max_width: int = 0,
     counted: Sequence[Sequence[bool]] | None = None,
     least: int = 2,
+    own: np.ndarray | None = None,
 ) -> Batches:
     """Batches of `batch_size` rows over token sequences of at least `least` tokens.
 
@@ -215,6 +218,7 @@ def make_batches(
     max_waste: bound on padding_fraction(), in (0, 1). The fewest widths that keep it are taken,
     multiples of 8 first. Few rows of very unlike lengths can make the bound unreachable with full
     batches; then the widths with the least padding found are taken and padding_fraction() tells.
+    own: which of a batch's rows are made here, where several hosts share it; None: all.
     max_width: no width above it (the model's positions); 0: no cap. Raises ValueError for no
     sequences, a sequence with nothing to predict or longer than max_width, and bad numbers.
     """
@@ -246,6 +250,7 @@ def make_batches(
         seed=seed,
         pad_id=pad_id,
         counted=None if counted is None else np.concatenate([np.asarray(c, bool) for c in counted]),
+        own=own,
     )
 
 

@@ -19,7 +19,7 @@ import jax
 import numpy as np
 from safetensors.numpy import save_file
 
-from jax_lowrank import data, models, provenance, results, train
+from jax_lowrank import data, models, provenance, results, sharding, train
 from jax_lowrank.adapt import lora
 from jax_lowrank.adapt.method import count, dtypes
 from jax_lowrank.checkpoint import Checkpoints
@@ -28,7 +28,7 @@ from jax_lowrank.config_run import DataSpec, FinetuneSpec
 from jax_lowrank.models.head import Head
 from jax_lowrank.progress import Progress
 from jax_lowrank.starting import Start, start
-from jax_lowrank.study.prepare import Text, load_text
+from jax_lowrank.study.prepare import Text, load_text, note_uncut
 from jax_lowrank.study.training import fit, guards, make_program, progress_log
 from jax_lowrank.tasks import encode, text
 from jax_lowrank.trained import mean_loss, measure, observe, sentence
@@ -58,12 +58,16 @@ def prepare(spec: FinetuneSpec, out: str, note: Callable[[str], None]) -> Job:
     """
     require(bool(spec.model.path), "no model; give --model DIRECTORY or a hub id")
     require(bool(spec.data.path), "no data; give --data FILE")
+    mesh = sharding.make_mesh(*vars(spec.mesh).values())
+    sharding.check_rows("train.batch_size", spec.train.batch_size, spec.train.accumulate, mesh)
     examples = read_data(spec.data)
     directory = models.weights.resolve(spec.model.path, spec.model.revision)
     key = jax.random.key(spec.seed)
     note(f"loading {directory}")
-    spec, started = start(spec, directory, head_for(examples.kind, examples.classes), key)
+    head = head_for(examples.kind, examples.classes)
+    spec, started = start(spec, directory, head, key, mesh)
     model, directory = started.base, started.directory
+    note_uncut(model, mesh, note)
     words = load_text(directory)
     words = words._replace(vocab_size=model.config.vocab_size)
     check_length(spec.train.max_length, model)
@@ -181,6 +185,7 @@ def make_batches(job: Job):
         batch_size=spec.train.batch_size,
         seed=spec.seed,
         pad_id=job.text.pad_id,
+        own=sharding.own_rows(spec.train.batch_size, job.start.mesh),
         max_width=spec.train.max_length,
     )
     if job.data.kind == "classification":
@@ -265,11 +270,11 @@ def train_and_write(job: Job, checkpoints: Checkpoints, note: Callable[[str], No
             loss=loss_for(job.data.kind),
             checkpoints=checkpoints,
         )
+    kept = sharding.put(fitted.trainable, job.start.mesh)
     if fitted.resumed_at:  # the best state may be of an earlier session
-        best["outputs"] = outputs(fitted.trainable, "validation")
+        best["outputs"] = outputs(kept, "validation")
     after = {
-        name: best["outputs"] if name == "validation" else outputs(fitted.trainable, name)
-        for name in held_out
+        name: best["outputs"] if name == "validation" else outputs(kept, name) for name in held_out
     }
     record = new_record(job, before, after, fitted, num_trainable)
     record["padding_fraction"] = round(batches.padding_fraction(), 4)
@@ -331,7 +336,7 @@ def new_record(job: Job, before: dict, after: dict, fitted: train.Fitted, traine
             for metric in measure(arrays, spec.level, model.head, majority)
         ],
         "peak_memory_mb": provenance.peak_memory_mb(),
-        "environment": provenance.environment(),
+        "environment": provenance.environment() | sharding.describe(job.start.mesh),
     }
 
 
@@ -352,7 +357,9 @@ def resolved(job: Job) -> dict:
     }
     config["learning_rate"] = spec.method.learning_rates[0]
     config["data"] = {**plain(spec.data), "kind": job.data.kind, "labels": list(job.data.classes)}
-    rest = {name: plain(getattr(spec, name)) for name in ("train", "eval_batch_size", "level")}
+    rest = {
+        name: plain(getattr(spec, name)) for name in ("train", "eval_batch_size", "level", "mesh")
+    }
     rest["train"].pop("learning_rate")
     return config | rest
 

@@ -1,6 +1,7 @@
 """What a model does: likelihoods, next-token distributions by layer, sampled text.
 
-`apply(*states)` is a model (see `adapt.method.bind`). Every function compiles once per shape.
+`apply(*states)` is a model (see `adapt.method.bind`). Every function compiles once per shape. Where
+the states lie on several devices the rows are cut over them, and batches filled up to divide.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jax_lowrank import sharding
 from jax_lowrank.data import pad_left
 
 
@@ -59,13 +61,16 @@ def likelihood(
     if counted is None:
         counted = [[True] * len(s) for s in sequences]
     nll = np.zeros(len(sequences), np.float32)
+    batch_size = sharding.up_to_shards(batch_size, sharding.mesh_of(states))
     blocks = []
     for rows, tokens, _ in _right_padded(sequences, batch_size, pad_id):
         weights = np.zeros(tokens.shape, np.float32)
         for place, row in enumerate(rows):
             weights[place, 1 : len(sequences[row])] = counted[row][1:]
-        blocks.append((rows, _row_nll(apply, states, tokens, weights)))
-    for rows, values in jax.device_get(blocks):
+        blocks.append(
+            (rows, _row_nll(apply, states, *sharding.put_rows((tokens, weights), states)))
+        )
+    for rows, values in sharding.fetch(blocks):
         nll[rows] = values[: len(rows)]
     return Likelihood(nll, np.array([sum(map(bool, c[1:])) for c in counted], np.int32))
 
@@ -106,11 +111,12 @@ def classify(
     apply: Callable, states, sequences: Sequence[Sequence[int]], *, batch_size: int, pad_id: int
 ) -> np.ndarray:
     """Class logits (N, C) float32 of each token sequence."""
+    batch_size = sharding.up_to_shards(batch_size, sharding.mesh_of(states))
     blocks = [
-        (rows, _class_logits(apply, states, tokens, mask))
-        for rows, tokens, mask in _right_padded(sequences, batch_size, pad_id)
+        (rows, _class_logits(apply, states, *sharding.put_rows(both, states)))
+        for rows, *both in _right_padded(sequences, batch_size, pad_id)
     ]
-    blocks = jax.device_get(blocks)
+    blocks = sharding.fetch(blocks)
     logits = np.zeros((len(sequences), blocks[0][1].shape[1]), np.float32)
     for rows, values in blocks:
         logits[rows] = values[: len(rows)]
@@ -134,10 +140,11 @@ def next_token(
 ) -> NextToken:
     """The distribution of the token after each prompt, and the LogitLens mass of `token_set`."""
     width, ids = max(map(len, prompts)), np.asarray(token_set, np.int32)
+    batch_size = sharding.up_to_shards(batch_size, sharding.mesh_of(states))
     out = []
-    for part, (tokens, mask) in _padded(prompts, width, batch_size, pad_id):
-        both = _next_token(apply, states, tokens, mask, ids)
-        out.append(jax.tree.map(lambda x: x[: len(part)], jax.device_get(both)))  # noqa: B023
+    for part, padded in _padded(prompts, width, batch_size, pad_id):
+        both = _next_token(apply, states, *sharding.put_rows(padded, states), ids)
+        out.append(jax.tree.map(lambda x: x[: len(part)], sharding.fetch(both)))  # noqa: B023
     return NextToken(*(np.concatenate(column) for column in zip(*out)))
 
 
@@ -222,25 +229,35 @@ def sample(
     """
     width = max(map(len, prompts))
     rows = [(p, k) for p in range(len(prompts)) for k in range(num_samples)]
-    keys = jax.vmap(lambda p, k: jax.random.fold_in(jax.random.fold_in(key, p), k))(
-        *np.array(rows, np.int32).T
-    )
-    size, out = min(batch_size, len(rows)), []
+    total, out = len(rows), []
+    size = sharding.up_to_shards(min(batch_size, total), sharding.mesh_of(states))
+    if size > total:  # fewer rows than devices: some are drawn twice
+        rows = [rows[i % total] for i in range(size)]
+    keys = np.asarray(jax.random.key_data(_row_keys(key, rows)))
     for start in range(0, len(rows), size):
         # The last block is moved back rather than made smaller: one shape, one compilation.
         first = min(start, len(rows) - size)
         block = [prompts[p] for p, _ in rows[first : first + size]]
-        tokens, mask = pad_left(block, pad_id, width)
+        host = (*pad_left(block, pad_id, width), keys[first : first + size])
+        tokens, mask, row_keys = sharding.put_rows(host, states)
         drawn = generate(
             apply,
             states,
             tokens,
             mask,
-            keys[first : first + size],
+            jax.random.wrap_key_data(row_keys),
             max_new_tokens=max_new_tokens,
             sampling=sampling,
             eos_id=eos_id,
             pad_id=pad_id,
         )
-        out.append(drawn[start - first :])
-    return np.concatenate(jax.device_get(out)).reshape(len(prompts), num_samples, max_new_tokens)
+        out.append((drawn, start - first))
+    drawn = np.concatenate([block[skip:] for block, skip in sharding.fetch(out)])[:total]
+    return drawn.reshape(len(prompts), num_samples, max_new_tokens)
+
+
+def _row_keys(key: jax.Array, rows: Sequence[tuple[int, int]]) -> jax.Array:
+    """A key for each (prompt, sample)."""
+    return jax.vmap(lambda p, k: jax.random.fold_in(jax.random.fold_in(key, p), k))(
+        *np.array(rows, np.int32).T
+    )

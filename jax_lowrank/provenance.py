@@ -54,6 +54,7 @@ def environment() -> Mapping[str, Any]:
         "platform": platform.platform(),
         "device": cpu_name() if device.platform == "cpu" else device.device_kind,
         "num_devices": jax.device_count(),
+        "num_processes": jax.process_count(),
         "num_cores": os.cpu_count(),
         "code": code_hash(),
     }

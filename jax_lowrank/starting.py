@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jax_lowrank import adapters, models, provenance
+from jax_lowrank import adapters, models, provenance, sharding
 from jax_lowrank.adapt import METHODS
 from jax_lowrank.adapt.method import Method
 from jax_lowrank.config import MethodSpec, require
@@ -32,26 +32,36 @@ class Start(NamedTuple):
     adapter_hash: str | None
 
     @property
+    def mesh(self):
+        """The mesh that the arrays lie on; None for one device."""
+        return sharding.mesh_of((self.frozen, self.trainable))
+
+    @property
     def parts(self) -> tuple:
         """What `Method.split` gave."""
         return self.graphdef, self.trainable, self.frozen
 
 
-def start(spec: FinetuneSpec, directory: Path, head: Head, key) -> tuple[FinetuneSpec, Start]:
+def start(
+    spec: FinetuneSpec, directory: Path, head: Head, key, mesh=None
+) -> tuple[FinetuneSpec, Start]:
     """The split model that training begins with.
 
     directory: of a checkpoint, or of a PEFT adapter that is trained on: then its method is in the
-    spec that comes back.
+    spec that comes back. Its base is read whole before it is spread over the mesh.
     """
     dtype, fresh = param_dtype(spec.model.dtype), jax.random.fold_in(key, 1)
     if not adapters.is_adapter(directory):
-        model = models.load(directory, dtype, head=head, key=fresh)
+        model = models.load(directory, dtype, head, fresh, sharding.where(mesh))
         method = METHODS[spec.method.name](**spec.method.options())
-        return spec, Start(model, directory, method, *method.split(key, model), None)
+        graphdef, *parts = method.split(key, model)
+        return spec, Start(model, directory, method, graphdef, *sharding.put(parts, mesh), None)
     lora_spec, found = goes_on(directory, spec.method, head, dtype, fresh)
     method = METHODS["lora"](**lora_spec.options())
     hashed = provenance.hash_files(directory, "adapter_config.json")
-    started = Start(found.base, found.directory, method, *found.parts, hashed)
+    graphdef, *parts = found.parts
+    parts = sharding.put(parts, mesh)
+    started = Start(found.base, found.directory, method, graphdef, *parts, hashed)
     return replace(spec, method=lora_spec), started
 
 

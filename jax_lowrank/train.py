@@ -18,9 +18,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from jax_lowrank import sharding
 from jax_lowrank.adapt.method import Method, State, decay_mask
 from jax_lowrank.checkpoint import Checkpoints, Interrupted
 from jax_lowrank.data import Batch, Batches
+
+ANYWHERE = sharding.keeper(None)  # one device
 
 
 class DivergedError(ArithmeticError):
@@ -103,7 +106,7 @@ def scale_by(factors: State) -> optax.GradientTransformation:
 
 @functools.partial(
     jax.jit,
-    static_argnames=("apply", "loss", "optimizer", "accumulate"),
+    static_argnames=("apply", "loss", "optimizer", "accumulate", "keep"),
     donate_argnames=("trainable", "opt_state"),
 )
 def run_steps(
@@ -120,11 +123,13 @@ def run_steps(
     count,
     key,
     first=0,
+    keep=ANYWHERE,
 ):
     """`count` optimizer steps on batches[:count] (K, B, S) at rates (K,).
 
     The gradient is that of the token-weighted mean over the whole step's rows, whatever
     `accumulate` is. `first` is the number of the first step: with the key it decides the dropout.
+    `keep` says where the arrays of a state stay (see sharding.keeper).
     Returns trainable, opt_state and per-step loss and gradient norm (K,).
     """
 
@@ -138,7 +143,10 @@ def run_steps(
         if accumulate == 1:
             (total, weight), grads = value_and_grad(trainable, batch, key)
         else:
-            micros = jax.tree.map(lambda x: x.reshape(accumulate, -1, *x.shape[1:]), batch)
+            # Micro-batch m takes every accumulate-th row from m on: rows stay on their devices.
+            micros = jax.tree.map(
+                lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch
+            )
 
             def add(carry, numbered):
                 micro, number = numbered
@@ -155,8 +163,9 @@ def run_steps(
         batch = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), batches)
         value, grads = gradient(trainable, batch, jax.random.fold_in(key, first + i))
         with jax.numpy_dtype_promotion("standard"):  # optax needs it, also where strict is set
-            updates, opt_state = optimizer.update(grads, opt_state, trainable)
-        trainable = jax.tree.map(lambda p, u: p - rates[i] * u, trainable, updates)
+            updates, opt_state = optimizer.update(keep(grads), opt_state, trainable)
+        opt_state = keep(opt_state)
+        trainable = keep(jax.tree.map(lambda p, u: p - rates[i] * u, trainable, updates))
         norm = optax.tree.norm(grads)
         return trainable, opt_state, losses.at[i].set(value), norms.at[i].set(norm)
 
@@ -204,11 +213,19 @@ def fit(
     Raises DivergedError at the first step whose loss, or validation loss after it, is not finite,
     and, with checkpoints, Interrupted after a signal and CheckpointError for a save that failed.
     """
+    mesh = sharding.mesh_of(trainable)
     compiled = functools.partial(
-        run_steps, apply=apply, loss=loss, optimizer=optimizer, accumulate=accumulate, frozen=frozen
+        run_steps,
+        apply=apply,
+        loss=loss,
+        optimizer=optimizer,
+        accumulate=accumulate,
+        frozen=frozen,
+        keep=sharding.keeper(mesh),
     )
     epoch, end = batches.steps_per_epoch, schedule.num_steps
-    run = Training(trainable, optimizer.init(trainable), key, log, end, checkpoints)
+    opt_state = sharding.put(optimizer.init(trainable), mesh)
+    run = Training(trainable, opt_state, key, log, end, checkpoints)
     with checkpoints or contextlib.nullcontext():
         if not run.resume():
             run.validated(validate(trainable))
@@ -243,7 +260,7 @@ class Training:
         self.trainable, self.opt_state, self.key = trainable, opt_state, key
         self.log, self.num_steps, self.checkpoints = log, num_steps, checkpoints
         self.step, self.tokens, self.lines, self.resumed_at = 0, 0, [], ()
-        self.best, self.best_step, self.best_loss = jax.device_get(trainable), 0, math.inf
+        self.best, self.best_step, self.best_loss = sharding.fetch(trainable), 0, math.inf
         self.pending: tuple[Any, ...] | None = None
         self.began = time.perf_counter()
 
@@ -290,16 +307,19 @@ class Training:
         """Start one compiled call; while it runs, read the numbers of the call before."""
         count = len(stacked.tokens)
         rates = schedule(np.arange(step, step + count))
-        self.trainable, self.opt_state, losses, norms = compiled(
+        placed = sharding.put_own_rows(_fill(stacked, length), self.trainable, axis=1)
+        trainable, opt_state, losses, norms = compiled(
             trainable=self.trainable,
             opt_state=self.opt_state,
-            batches=_fill(stacked, length),
+            batches=placed,
             rates=_fill(rates, length),
             count=count,
             key=self.key,
             first=step,
         )
-        self.step, self.tokens = step + count, self.tokens + stacked.tokens.size
+        self.trainable, self.opt_state = sharding.settle((trainable, opt_state))
+        self.step = step + count
+        self.tokens += count * math.prod(placed.tokens.shape[1:])
         self.report()
         self.pending = (step, count, losses, norms, float(rates[-1]), self.tokens)
 
@@ -308,7 +328,8 @@ class Training:
         if self.pending is None:
             return
         (step, count, losses, norms, rate, tokens), self.pending = self.pending, None
-        losses = np.asarray(losses)[:count]  # waits until the call is done
+        losses, norms = sharding.fetch((losses, norms))  # waits until the call is done
+        losses = losses[:count]
         speed = tokens / (time.perf_counter() - self.began)
         bad = np.flatnonzero(~np.isfinite(losses))
         if bad.size:
@@ -318,7 +339,7 @@ class Training:
                 "step": step + count,
                 "num_steps": self.num_steps,
                 "loss": float(losses.mean()),
-                "gradient_norm": float(np.asarray(norms)[count - 1]),
+                "gradient_norm": float(norms[count - 1]),
                 "learning_rate": rate,
                 "tokens_per_second": round(speed, 1),
             }
@@ -330,7 +351,7 @@ class Training:
             raise DivergedError(self.step, loss)
         self.tell({"step": self.step, "validation_loss": loss})
         if loss < self.best_loss:
-            self.best, self.best_step = jax.device_get(self.trainable), self.step
+            self.best, self.best_step = sharding.fetch(self.trainable), self.step
             self.best_loss = loss
 
     def tell(self, line: dict) -> None:

@@ -189,7 +189,7 @@ def test_remat_changes_nothing():
 
         return jax.jit(jax.grad(loss)).trace(model.params)
 
-    plain, remat = gradient(False), gradient(True)
+    plain, remat = gradient("dots"), gradient("full")
     one, two = (traced.lower().compile() for traced in (plain, remat))
     assert two.cost_analysis()["flops"] > 1.1 * one.cost_analysis()["flops"]
     expected, other = one(model.params), two(model.params)

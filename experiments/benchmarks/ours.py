@@ -84,7 +84,7 @@ def prepared(options):
     per_call, rng = STEPS_PER_TURN, np.random.default_rng(0)
     weights = np.ones((per_call, BATCH, LENGTH), np.float32)
     weights[:, :, 0] = 0
-    apply = bind(graphdef, remat=options.remat)
+    apply = bind(graphdef, remat="full" if options.remat else "dots")
 
     def call(state):
         trainable, opt_state, losses, _ = train.run_steps(

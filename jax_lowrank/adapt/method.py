@@ -66,15 +66,18 @@ def dotted(path: tuple) -> str:
     return ".".join(map(str, path))
 
 
-def bind(graphdef: nnx.GraphDef, *, remat: bool = False) -> Callable:
+def bind(graphdef: nnx.GraphDef, *, remat: str = "dots", layout: Any = None) -> Callable:
     """apply(*states) -> the model whose arrays they are; call it inside a traced function.
 
-    remat: recompute each block in the backward pass instead of keeping what is inside it.
+    remat: what the backward pass keeps of every layer, a row of models.stack.REMATS.
+    layout: a models.attention.Layout where the states lie on several devices.
     """
 
     def apply(*states):
         model = nnx.merge(graphdef, *states)
         model.remat = remat
+        if layout is not None:
+            model.layout = layout
         return model
 
     return apply

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -77,6 +77,7 @@ def load(
     dtype=jnp.float32,
     head: Head | None = None,
     key: jax.Array | None = None,
+    where: Callable | None = None,
 ) -> Model:
     """The model in a Hugging Face directory, read tensor by tensor; see `weights.load`.
 
@@ -86,6 +87,7 @@ def load(
       head: None for the checkpoint's own, or the first of the family for a base model.
       key: where `head` is not the checkpoint's, makes what it lacks; such parameters are drawn as
         `create` draws them and are among the result's `head_paths`.
+      where: (path, shape) -> sharding, for parameters on several devices (see `sharding.where`).
     """
     raw = weights.read_config(directory)
     if "model_type" not in raw:
@@ -108,11 +110,17 @@ def load(
         dtype,
         heads=module.HEAD_TENSORS,
         may_lack=key is not None and not own,
+        where=where,
     )
     lacking = [path for path in by_path(state) if path not in arrays]
     if lacking:
         # Compiled, the parameters that were read are not made.
-        draw = jax.jit(lambda key: [by_path(nnx.state(build(key)))[path] for path in lacking])
+        shapes = by_path(state)
+        shardings = where and [where(path, shapes[path].shape) for path in lacking]
+        draw = jax.jit(
+            lambda key: [by_path(nnx.state(build(key)))[path] for path in lacking],
+            out_shardings=shardings,
+        )
         arrays.update(zip(lacking, draw(key)))
     return Model(
         raw["model_type"],
@@ -123,6 +131,19 @@ def load(
         head,
         head_paths(arrays, lacking),
     )
+
+
+def abstract(raw: Mapping, dtype=jnp.float32, head: Head | None = None) -> Model:
+    """The model that a config.json describes, with shapes in the place of arrays."""
+    family = family_of(raw["model_type"])
+    module, config = family.module, family.config.from_hf(raw)
+    stored = stored_head(raw, module.HEADS)
+    head = head or stored or Head(next(iter(module.HEADS)))
+    head.check(module.HEADS, raw["model_type"])
+    make = nnx.eval_shape(lambda key: module.build(key, config, head, dtype), jax.random.key(0))
+    graphdef, params = nnx.split(make)
+    paths = head_paths(by_path(params))
+    return Model(raw["model_type"], config, graphdef, params, module.PRESETS, head, paths)
 
 
 def head_paths(arrays: Mapping, fresh: Sequence[str] = ()) -> tuple[str, ...]:

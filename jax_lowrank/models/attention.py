@@ -6,6 +6,7 @@ Shape letters as in layers.py.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -14,12 +15,23 @@ from jax.ad_checkpoint import checkpoint_name
 
 Array = jax.Array
 
-SAVED = "saved"  # name of the arrays that are stored for the backward pass, see `scan_layers`
+SAVED = "saved"  # name of the arrays that are stored for the backward pass, see `stack.REMATS`
 
 
 def saved(x: Array) -> Array:
     """x, marked as one of them."""
     return checkpoint_name(x, SAVED)
+
+
+class Layout(NamedTuple):
+    """What a model knows of the devices it runs on; as it stands, one device.
+
+    pin(x, names): x, kept where the names of its dimensions say: "rows" (of the batch), "heads" or
+      None. row_shards: into how many equal parts the rows of a batch are cut.
+    """
+
+    pin: Callable[[Array, tuple[str | None, ...]], Array] = lambda x, names: x
+    row_shards: int = 1
 
 
 class Rule(NamedTuple):
@@ -130,8 +142,8 @@ KERNELS = ("auto", "xla", "cudnn", "splash")
 _chosen = "auto"
 
 
-def use(kernel: str) -> None:
-    """Choose the attention kernel of everything traced from now on in this process.
+def use(kernel: str) -> str:
+    """Choose the attention kernel of everything traced from now on; the one before.
 
     auto: written by hand on CPU; on NVIDIA GPUs cuDNN's where it applies (half precision, supported
       widths); on TPUs splash attention; XLA's for the rest.
@@ -141,9 +153,11 @@ def use(kernel: str) -> None:
     global _chosen
     if kernel not in KERNELS:
         raise ValueError(f"attention kernel {kernel!r} is not one of {', '.join(KERNELS)}")
+    before = _chosen
     if kernel != _chosen:
         _chosen = kernel
         jax.clear_caches()  # or programs compiled with the other kernel would be found
+    return before
 
 
 def mix(q: Array, k: Array, v: Array, allowed: Array | None, rule: Rule | None = None) -> Array:

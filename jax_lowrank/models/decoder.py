@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jax_lowrank.models.attention import Cache, make_context
+from jax_lowrank.models.attention import Cache, Layout, make_context
 from jax_lowrank.models.head import Classifier
-from jax_lowrank.models.layers import Array, Embedding, Linear, scan_layers, unstack
+from jax_lowrank.models.layers import Array, Embedding, Linear
 from jax_lowrank.models.output import token_nll, unembed
+from jax_lowrank.models.stack import scan_layers, unstack
 
 
 class Decoder(nnx.Module):
@@ -43,7 +44,7 @@ class Decoder(nnx.Module):
         self.classifier = classifier
         self.project_in, self.project_out = project_in, project_out
         self.cache_shape, self.window = cache_shape, window  # (L, K, N)
-        self.remat = False  # recompute each block in the backward pass: less memory, one more pass
+        self.remat, self.layout = "dots", Layout()  # see `adapt.method.bind`
 
     def hidden(
         self,
@@ -60,7 +61,7 @@ class Decoder(nnx.Module):
             x = self.project_in(x, key)
         if self.position is not None:
             x = x + self.position(context.positions)
-        return scan_layers(self.blocks, x, context, cache, remat=self.remat)
+        return scan_layers(self.blocks, x, context, cache, remat=self.remat, layout=self.layout)
 
     def final(self, x: Array, key: Array | None = None) -> Array:
         """What a head reads of x (..., D): normed, and projected if the family does."""
@@ -108,7 +109,9 @@ class Decoder(nnx.Module):
         rows = rows.reshape(-1, rows.shape[-1])
         # The last position has no target; asking for token 0 there keeps the shape regular.
         targets = jnp.pad(tokens[:, 1:], ((0, 0), (0, 1)))
-        nll = token_nll(rows, self.output_table, targets.reshape(-1)).reshape(tokens.shape)
+        nll = token_nll(
+            rows, self.output_table, targets.reshape(-1), self.layout.row_shards
+        ).reshape(tokens.shape)
         nll = jnp.pad(nll[:, :-1], ((0, 0), (1, 0)))
         if segments is None:
             return nll
@@ -129,6 +132,7 @@ class Decoder(nnx.Module):
         """An empty cache for `batch` rows of at most `slots` tokens."""
         layers, heads, width = self.cache_shape
         zeros = jnp.zeros((layers, batch, heads, slots, width), self.embed.table[...].dtype)
+        zeros = self.layout.pin(zeros, (None, "rows", "heads", None, None))
         # On CPU a loop over tokens would cut every layer out of the stack again for every token.
         apart = unstack(self.blocks) if jax.default_backend() == "cpu" else None
         return Cache(zeros, zeros, jnp.zeros((batch, slots), bool), jnp.int32(0), apart)

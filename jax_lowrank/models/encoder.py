@@ -7,10 +7,11 @@ from collections.abc import Callable
 import jax.numpy as jnp
 from flax import nnx
 
-from jax_lowrank.models.attention import make_context
+from jax_lowrank.models.attention import Layout, make_context
 from jax_lowrank.models.head import Classifier
-from jax_lowrank.models.layers import Array, Embedding, LayerNorm, Linear, scan_layers
+from jax_lowrank.models.layers import Array, Embedding, LayerNorm, Linear
 from jax_lowrank.models.output import unembed
+from jax_lowrank.models.stack import scan_layers
 
 
 class TokenPredictor(nnx.Module):
@@ -54,7 +55,7 @@ class Encoder(nnx.Module):
         self.blocks, self.pooler = blocks, pooler
         self.predictor, self.classifier = predictor, classifier
         self.first_position = first_position  # the row of `position` of a text's first token
-        self.remat = False  # recompute each block in the backward pass: less memory, one more pass
+        self.remat, self.layout = "dots", Layout()  # see `adapt.method.bind`
 
     def hidden(
         self,
@@ -72,7 +73,9 @@ class Encoder(nnx.Module):
         elif types is not None:
             raise ValueError("the model has no token types")
         x = self.norm(x + self.position(context.positions + self.first_position))
-        x, before, _ = scan_layers(self.blocks, x, context, None, remat=self.remat)
+        x, before, _ = scan_layers(
+            self.blocks, x, context, None, remat=self.remat, layout=self.layout
+        )
         return x, before
 
     def __call__(

@@ -2,8 +2,8 @@
 
 Shape letters, here and in the families: B batch, S sequence, T keys, D width, H heads, K
 key/value heads, N head width, F hidden width of the MLP, V vocabulary, L layers, r adapter rank,
-M rows (B*S). Parameters of a stack of layers carry a leading L; `scan_layers` runs one block over
-it.
+M rows (B*S). Parameters of a stack of layers carry a leading L; `stack.scan_layers` runs one block
+over it.
 
 `Linear` is the only code that knows adapters exist. Several functions have hand-written
 derivatives: on CPU, XLA's own derivative of a product over (B, S, D) rearranges the operands in
@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jax_lowrank.models.attention import SAVED, Cache, Context, saved
+from jax_lowrank.models.attention import saved
 
 Array = jax.Array
 
@@ -331,58 +331,3 @@ def from_input(function: Callable) -> Callable:
 gelu_tanh = from_input(lambda x: jax.nn.gelu(x, approximate=True))
 gelu = from_input(lambda x: jax.nn.gelu(x, approximate=False))
 swiglu = from_input(lambda gate, up: jax.nn.silu(gate) * up)
-
-
-# ------------------------------------------------------------------------------------- stacks
-
-
-def split_stack(blocks: nnx.Module):
-    """Graph definition and stacked arrays of `blocks`; an adapter on some layers gets them all."""
-    linears = [module for _, module in nnx.iter_graph(blocks) if isinstance(module, Linear)]
-    for linear in linears:
-        if linear.adapter is not None:
-            linear.adapter.expand(linear.kernel[...])
-    return nnx.split(blocks)
-
-
-def unstack(blocks: nnx.Module) -> tuple:
-    """The arrays of every layer of the stack on their own."""
-    state = split_stack(blocks)[1]
-    num_layers = jax.tree.leaves(state)[0].shape[0]
-    return tuple(jax.tree.map(lambda x: x[i], state) for i in range(num_layers))  # noqa: B023
-
-
-def scan_layers(
-    blocks: nnx.Module, x: Array, context: Context, cache: Cache | None, *, remat: bool
-):
-    """Run the stacked `blocks` over x (B, S, D).
-
-    Returns x after the last block, x before every block (L, B, S, D) (dead code unless used; None
-    where the cache holds the layers), and the cache.
-    """
-    graphdef, state = split_stack(blocks)
-
-    def step(carry, layer_input):
-        x, kv = carry
-        layer_state, layer = layer_input
-        block = nnx.merge(graphdef, layer_state)
-        key = None if context.key is None else jax.random.fold_in(context.key, layer)
-        y, kv = block(x, context._replace(key=key), kv, layer)
-        return (y, kv), x
-
-    kv = None if cache is None else (cache.keys, cache.values)
-    if cache is not None and cache.layers is not None:
-        carry, before = (x, kv), None
-        for layer, layer_state in enumerate(cache.layers):
-            carry, _ = step(carry, (layer_state, jnp.int32(layer)))
-        x, kv = carry
-    else:
-        # Stored for the backward pass: what the products gave. Norms and activations are computed
-        # again, as fast as they would be fetched. With `remat` the blocks' inputs alone.
-        policy = None if remat else jax.checkpoint_policies.save_only_these_names(SAVED)
-        step = jax.checkpoint(step, prevent_cse=False, policy=policy)
-        layers = jnp.arange(jax.tree.leaves(state)[0].shape[0], dtype=jnp.int32)
-        (x, kv), before = jax.lax.scan(step, (x, kv), (state, layers))
-    if cache is not None:
-        cache = cache._replace(keys=kv[0], values=kv[1])
-    return x, before, cache

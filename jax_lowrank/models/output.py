@@ -5,6 +5,7 @@ Shape letters as in layers.py: M rows (B*S), D width, V vocabulary.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -28,14 +29,15 @@ def unembed(hidden: Array, table: Array) -> Array:
 NLL_CHUNK = 512  # rows whose logits exist at the same time
 
 
-@jax.custom_vjp
-def token_nll(hidden: Array, table: Array, targets: Array) -> Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def token_nll(hidden: Array, table: Array, targets: Array, shards: int = 1) -> Array:
     """-log softmax(hidden @ table.T)[target] in nats; hidden (M, D), table (V, D), targets (M,).
 
-    Logits exist for a few rows at a time. When the table is frozen the derivative is taken in the
-    same pass (the logits are never computed twice); when it is trained the logits are kept.
+    Logits exist for a few rows at a time; of rows that lie on devices in `shards` equal parts, for
+    as many of every part. When the table is frozen the derivative is taken in the same pass (the
+    logits are never computed twice); when it is trained the logits are kept.
     """
-    return _chunked(lambda h, t: _nll(unembed(h, table), t)[0], hidden, targets)
+    return _chunked(lambda h, t: _nll(unembed(h, table), t)[0], shards, hidden, targets)
 
 
 def _nll(logits, targets):
@@ -45,14 +47,24 @@ def _nll(logits, targets):
     return lse - picked, lse
 
 
-def _chunked(function: Callable, *rows: Array):
-    """`function` over blocks of NLL_CHUNK rows, joined; one block when they do not divide."""
-    total = rows[0].shape[0]
-    if total <= NLL_CHUNK or total % NLL_CHUNK:
+def _chunked(function: Callable, shards: int, *rows: Array):
+    """`function` over blocks of NLL_CHUNK rows of every shard, joined; one block when they do not
+    divide.
+    """
+    total, size = rows[0].shape[0], NLL_CHUNK * shards
+    if total <= size or total % size:
         return function(*rows)
-    blocks = jax.tree.map(lambda x: x.reshape(-1, NLL_CHUNK, *x.shape[1:]), rows)
-    out = jax.lax.map(lambda block: function(*block), blocks)
-    return jax.tree.map(lambda x: x.reshape(total, *x.shape[2:]), out)
+
+    def cut(x):
+        parts = x.reshape(shards, -1, NLL_CHUNK, *x.shape[1:]).swapaxes(0, 1)
+        return parts.reshape(-1, size, *x.shape[1:])
+
+    def join(x):
+        parts = x.reshape(-1, shards, NLL_CHUNK, *x.shape[2:]).swapaxes(0, 1)
+        return parts.reshape(total, *x.shape[2:])
+
+    out = jax.lax.map(lambda block: function(*block), jax.tree.map(cut, rows))
+    return jax.tree.map(join, out)
 
 
 def _residual(logits, lse, targets):
@@ -61,7 +73,7 @@ def _residual(logits, lse, targets):
     return jnp.exp(logits - lse[:, None]) - hit.astype(logits.dtype)
 
 
-def _token_nll_fwd(hidden, table, targets):
+def _token_nll_fwd(hidden, table, targets, shards):
     h, e, t = hidden.value, table.value, targets.value
     if table.perturbed:
         logits = unembed(h, e)
@@ -73,11 +85,12 @@ def _token_nll_fwd(hidden, table, targets):
         nll, lse = _nll(logits, t)
         return nll, (_residual(logits, lse, t).astype(e.dtype) @ e).astype(h.dtype)
 
-    nll, dh = _chunked(block, h, t)
+    nll, dh = _chunked(block, shards, h, t)
     return nll, (h, e, t, None, None, dh)
 
 
-def _token_nll_bwd(residuals, g):
+def _token_nll_bwd(shards, residuals, g):
+    del shards
     h, e, t, logits, lse, dh = residuals
     if dh is not None:
         return dh * g[:, None].astype(dh.dtype), None, None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -63,6 +63,19 @@ def resolve(path: str, revision: str = "main") -> Path:
         ) from error
 
 
+def resolve_config(path: str, revision: str = "main") -> Path:
+    """As `resolve`, but of a hub repository config.json alone is fetched."""
+    if Path(path).expanduser().is_dir() or path.count("/") != 1 or path.startswith((".", "/")):
+        return resolve(path, revision)
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(path, "config.json", revision=revision)).parent
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise FileNotFoundError(f"no config.json of {path!r} in reach: {reason}") from error
+
+
 def read_config(directory: Path) -> dict:
     """config.json as a dict."""
     path = directory / "config.json"
@@ -102,6 +115,7 @@ def load(
     *,
     heads: tuple[str, ...] = (),
     may_lack: bool = False,
+    where: Callable | None = None,
 ) -> dict:
     """Parameters, as a dict from path to array, read tensor by tensor in `dtype`.
 
@@ -115,26 +129,28 @@ def load(
         not read.
       may_lack: whether such a beginning may be without any tensor that `rows` asks for; the
         parameters are then not in the result.
+      where: (path, shape) -> sharding, for parameters on several devices. Each process reads the
+        parts of its own devices, one at a time; None: one device.
 
     Raises:
       WeightsError: naming every missing, unexpected and mis-shaped tensor at once.
     """
-    where = _with_prefix(_tensors(directory), rows, heads)
+    stored = _with_prefix(_tensors(directory), rows, heads)
     wanted = {name: (row, layer) for name, row, layer in expand(rows, abstract)}
-    absent = tuple(h for h in heads if not any(n.startswith(h) for n in where if n in wanted))
-    missing = [name for name in wanted if name not in where]
+    absent = tuple(h for h in heads if not any(n.startswith(h) for n in stored if n in wanted))
+    missing = [name for name in wanted if name not in stored]
     if may_lack:
         rows = [row for row in rows if not row.name.startswith(absent)]
         missing = [name for name in missing if not name.startswith(absent)]
     problems = [f"missing: {name}" for name in missing]
     problems += [
         f"unexpected: {name}"
-        for name in where
+        for name in stored
         if name not in wanted and not name.endswith(IGNORED) and not name.startswith(heads)
     ]
     for name, (row, layer) in wanted.items():
-        if name in where:
-            found, needed = where[name].shape, _shape_in_file(row, layer, abstract)
+        if name in stored:
+            found, needed = stored[name].shape, _shape_in_file(row, layer, abstract)
             if found != needed:
                 problems.append(f"mis-shaped: {name} is {found}, the configuration needs {needed}")
     if problems:
@@ -142,7 +158,12 @@ def load(
             f"{directory} does not fit its configuration ({len(problems)} tensors):\n  "
             + "\n  ".join(problems)
         )
-    return {row.path: _read(row, abstract[row.path].shape, where, dtype) for row in rows}
+    read = {}
+    for row in rows:
+        shape = tuple(abstract[row.path].shape)
+        sharding = None if where is None else where(row.path, shape)
+        read[row.path] = _read(row, shape, stored, dtype, sharding)
+    return read
 
 
 class Stored(NamedTuple):
@@ -204,17 +225,36 @@ def _shape_in_file(row: Row, layer: int | None, abstract: Mapping) -> tuple[int,
     return shape[::-1] if row.transpose else shape
 
 
-def _read(row: Row, shape: tuple[int, ...], where: Mapping, dtype) -> jax.Array:
-    out, turn = _empty(shape, dtype), np.transpose if row.transpose else np.asarray
-    parts = [(row.name, out)]
+def _read(row: Row, shape: tuple[int, ...], stored: Mapping, dtype, sharding) -> jax.Array:
+    if sharding is None:
+        whole = (slice(None),) * len(shape)
+        return jax.device_put(_read_part(row, shape, whole, stored, dtype), may_alias=True)
+    places: dict[tuple, list] = {}  # part -> the devices here that hold it
+    for device, part in sharding.addressable_devices_indices_map(shape).items():
+        ends = tuple(slice(*part[i].indices(n)) for i, n in enumerate(shape))
+        places.setdefault(tuple((s.start, s.stop) for s in ends), []).append(device)
+    arrays = []
+    for ends, devices in places.items():
+        part = _read_part(row, shape, tuple(slice(*e) for e in ends), stored, dtype)
+        arrays += [jax.device_put(part, device) for device in devices]
+        jax.block_until_ready(arrays)  # before the next part takes its place in host memory
+    return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
+
+
+def _read_part(row: Row, shape, part: tuple[slice, ...], stored: Mapping, dtype) -> np.ndarray:
+    """A part of a parameter, for which only that part of its tensors is read."""
+    out = _empty(tuple(len(range(*s.indices(n))) for s, n in zip(part, shape)), dtype)
+    targets = [(row.name, out)]
     if "{l}" in row.name:
-        parts = [(row.name.format(l=layer), out[layer]) for layer in range(shape[0])]
-    for name, part in parts:
-        stored = where[name]
+        layers, part = range(shape[0])[part[0]], part[1:]
+        targets = [(row.name.format(l=layer), out[i]) for i, layer in enumerate(layers)]
+    in_file, turn = (part[::-1], np.transpose) if row.transpose else (part, np.asarray)
+    for name, target in targets:
+        found = stored[name]
         # Opened for each tensor: an open file's pages count as this process's memory once read.
-        with _open(stored.file) as handle:
-            part[...] = turn(handle.get_tensor(stored.name))
-    return jax.device_put(out, may_alias=True)
+        with _open(found.file) as handle:
+            target[...] = turn(handle.get_slice(found.name)[in_file])
+    return out
 
 
 def _empty(shape: tuple[int, ...], dtype) -> np.ndarray:

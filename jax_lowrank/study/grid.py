@@ -9,9 +9,9 @@ from typing import NamedTuple
 
 import jax
 
-from jax_lowrank import models, provenance, results, tasks, train
+from jax_lowrank import models, provenance, results, sharding, tasks, train
 from jax_lowrank.adapt import METHODS, lora
-from jax_lowrank.adapt.method import Method, bind, count, dtypes
+from jax_lowrank.adapt.method import Method, count, dtypes
 from jax_lowrank.checkpoint import Checkpoints
 from jax_lowrank.config import MethodSpec, Run, fingerprint, plain
 from jax_lowrank.progress import Progress
@@ -20,6 +20,7 @@ from jax_lowrank.study.prepare import PROMPT_SPLITS, Prepared
 from jax_lowrank.study.schedule import Schedule, needed, slots_of
 from jax_lowrank.study.training import (
     Program,
+    bind_to,
     fit,
     guards,
     make_program,
@@ -41,13 +42,13 @@ def execute(prepared: Prepared, note: Callable[[str], None], shard: Shard = ALL)
     encode = partial(p.text.encode, max_length=p.study.train.max_length, eos=True)
     train_sequences = encode(p.task.splits["train"].texts)
     held_out = encode(p.task.splits["validation"].texts)
-    batches = train_batches(train_sequences, p.study.train, 0, p.text.pad_id)
+    batches = train_batches(train_sequences, p.study.train, 0, p.text.pad_id, p.mesh)
     steps = train.num_steps(batches, p.study.train.epochs)
     slots = slots_of(p.study)
     mine = shard.part(slots)
     if shard.count > 1:
         note(f"shard {shard.index}/{shard.count}: {len(mine)} of {len(slots)} runs")
-    base_apply = bind(p.model.graphdef)
+    base_apply = bind_to(p.model.graphdef, p.mesh)
     num_trained = sum(slot.kind != "base" for slot in needed(p.study, mine))
     with Progress(steps * num_trained) as progress:
         cells = {
@@ -86,6 +87,7 @@ class Cell(NamedTuple):
         method = METHODS[self.spec.name](**self.spec.options())
         key = jax.random.key(run.seed)
         graphdef, trainable, frozen = method.split(key, p.model)
+        trainable, frozen = sharding.put((trainable, frozen), p.mesh)
         if not self.programs:
             line = guards(self.spec.label, method, trainable, frozen, count(p.model.params))
             self.progress.note(line)
@@ -94,7 +96,9 @@ class Cell(NamedTuple):
         program = self.programs[graphdef]
         record = new_record(p, run, method, trainable, frozen)
         record["effective_scales"] = lora.scales(graphdef, trainable, frozen)
-        batches = train_batches(self.train_sequences, p.study.train, run.seed, p.text.pad_id)
+        batches = train_batches(
+            self.train_sequences, p.study.train, run.seed, p.text.pad_id, p.mesh
+        )
         record["padding_fraction"] = round(batches.padding_fraction(), 4)
         log, label = [], f"{run.label} lr {run.learning_rate:g} seed {run.seed} ({run.kind})"
         checkpoints = Checkpoints(
@@ -147,7 +151,8 @@ class Cell(NamedTuple):
             note(f"{label}: validation loss {record['validation_loss']:.4f}")
             return
         began = time.perf_counter()
-        apply, states = self.evaluated(program, fitted.trainable, frozen)
+        trainable = sharding.put(fitted.trainable, p.mesh)
+        apply, states = self.evaluated(program, trainable, frozen)
         arrays, completions = measure(p, apply, states)
         record["seconds"]["evaluate"] = round(time.perf_counter() - began, 3)
         results.write_run(p.out, record, log, arrays, completions, models.by_path(fitted.trainable))
@@ -197,7 +202,7 @@ def new_record(p: Prepared, run: Run, method: Method | None, trainable, frozen) 
         "dtypes": {"trainable": dtypes(trainable), "frozen": dtypes(frozen)},
         "diverged": None,
         "seconds": {},
-        "environment": provenance.environment(),
+        "environment": provenance.environment() | sharding.describe(p.mesh),
     }
 
 
@@ -205,7 +210,8 @@ def run_base(p: Prepared, note: Callable) -> dict:
     """Measure the base model itself; its record."""
     record = new_record(p, Run("base", None, None, None), None, (), p.model.params)
     began = time.perf_counter()
-    arrays, completions = measure(p, bind(p.model.graphdef), (p.model.params,))
+    base_apply = bind_to(p.model.graphdef, p.mesh)
+    arrays, completions = measure(p, base_apply, (p.model.params,))
     record["seconds"]["evaluate"] = round(time.perf_counter() - began, 3)
     results.write_run(p.out, record, [], arrays, completions)
     note(f"base: {summary(record, arrays)}")

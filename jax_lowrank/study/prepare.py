@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jax_lowrank import data, models, provenance, results, tasks, train
+from jax_lowrank import data, models, provenance, results, sharding, tasks, train
 from jax_lowrank.adapt import METHODS
 from jax_lowrank.adapt.method import count
 from jax_lowrank.checkpoint import Checkpoints
@@ -59,16 +59,23 @@ class Prepared(NamedTuple):
     source: str
     pretrained: dict | None  # how it was pretrained, when it was made here
     weights_hash: str
+    mesh: Any  # jax.sharding.Mesh, or None for one device
 
 
-def prepare(study: Study, out: Path, note: Callable[[str], None]) -> Prepared:
+def prepare(
+    study: Study, out: Path, note: Callable[[str], None], devices: list | None = None
+) -> Prepared:
     """Check everything that can be checked before work starts, and make the base model.
+
+    devices: of the mesh, in their order; None: all.
 
     Raises ValueError (ConfigError, TaskError, WeightsError, ...) or OSError, in one sentence.
     """
     check_writable(out)
     if not has_locks(out / "claims"):
         note(f"{out} has no file locks: run one worker at a time there")
+    mesh = sharding.make_mesh(*vars(study.mesh).values(), devices)
+    check_batches(study, mesh)
     task = make_task(study)
     scorer = (
         scorers.load(study.task.scorer)
@@ -79,19 +86,36 @@ def prepare(study: Study, out: Path, note: Callable[[str], None]) -> Prepared:
     if study.pretrain is None:
         source = study.model.path
         directory = models.weights.resolve(source, study.model.revision)
-        model, text = models.load(directory, dtype, models.Head("causal-lm")), load_text(directory)
     else:
         text = world_text(task)
         check_methods(study, new_model(study, text.vocab_size))
-        directory = pretrain(study, task, text, out, note)
+        directory = pretrain(study, task, text, out, note, mesh)
         source = "pretrained here"
-        model, text = models.load(directory, dtype, models.Head("causal-lm")), load_text(directory)
+    head, text = models.Head("causal-lm"), load_text(directory)
+    model = models.load(directory, dtype, head, where=sharding.where(mesh))
+    note_uncut(model, mesh, note)
     check_methods(study, model)
     text = text._replace(vocab_size=model.config.vocab_size)
     check_lengths(study, task, text, model)
     pretrained = provenance.read_json(directory / "pretrain.json")
     weights_hash = provenance.hash_files(directory)
-    return Prepared(study, out, task, scorer, text, model, source, pretrained, weights_hash)
+    return Prepared(study, out, task, scorer, text, model, source, pretrained, weights_hash, mesh)
+
+
+def check_batches(study: Study, mesh) -> None:
+    """Raise MeshError where the rows of an optimizer step do not divide over the devices."""
+    for name, spec in (("train", study.train), ("pretrain", study.pretrain)):
+        if spec is not None:
+            sharding.check_rows(f"{name}.batch_size", spec.batch_size, spec.accumulate, mesh)
+
+
+def note_uncut(model: models.Model, mesh, note: Callable[[str], None]) -> None:
+    """Say which dimensions no axis cuts because it does not divide them."""
+    shapes = {path: array.shape for path, array in models.by_path(model.params).items()}
+    lines = sharding.uncut(shapes, mesh)
+    if lines:
+        more = f" and {len(lines) - 3} more" if len(lines) > 3 else ""
+        note(f"whole on every device: {'; '.join(lines[:3])}{more}")
 
 
 def check_writable(out: Path) -> None:
@@ -191,7 +215,7 @@ def check_lengths(study: Study, task: tasks.Task, text: Text, model: models.Mode
     )
 
 
-def pretrain(study: Study, task, text: Text, out: Path, note: Callable) -> Path:
+def pretrain(study: Study, task, text: Text, out: Path, note: Callable, mesh) -> Path:
     """Make the base model, or find the one made before; a Hugging Face directory."""
     spec = study.pretrain
     name = fingerprint(
@@ -204,20 +228,21 @@ def pretrain(study: Study, task, text: Text, out: Path, note: Callable) -> Path:
             note(f"base model: found {final}")
         else:
             results.clear_partial(final)
-            make_base(study, task, text, final, note)
+            make_base(study, task, text, final, note, mesh)
     return final
 
 
-def make_base(study: Study, task, text: Text, final: Path, note: Callable) -> None:
+def make_base(study: Study, task, text: Text, final: Path, note: Callable, mesh) -> None:
     """Pretrain the base model, and write it to `final`."""
     spec, out = study.pretrain, final.parents[1]
     model = new_model(study, text.vocab_size)
     method = METHODS["full"]()
     graphdef, trainable, frozen = method.split(jax.random.key(study.tune_seed), model)
+    trainable = sharding.put(trainable, mesh)
     encode = functools.partial(text.encode, max_length=spec.max_length, eos=True)
     held_out = encode(task.splits["pretrain_validation"].texts)
     batches = train_batches(
-        encode(task.splits["pretrain"].texts), spec, study.tune_seed, text.pad_id
+        encode(task.splits["pretrain"].texts), spec, study.tune_seed, text.pad_id, mesh
     )
     program = make_program(spec, method, graphdef, trainable)
     checkpoints = Checkpoints(

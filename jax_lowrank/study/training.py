@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 
-from jax_lowrank import data, infer, train
+from jax_lowrank import data, infer, sharding, train
 from jax_lowrank.adapt.method import Method, bind, count, dtypes
 from jax_lowrank.checkpoint import Checkpoints
 from jax_lowrank.config import TrainSpec
+from jax_lowrank.models.attention import Layout
 from jax_lowrank.progress import Progress
 
 
@@ -23,9 +23,18 @@ class Program(NamedTuple):
     optimizer: Any
 
 
-def train_batches(sequences, spec: TrainSpec, seed: int, pad_id: int) -> data.Batches:
-    """The batches of a training split."""
-    return data.make_batches(sequences, batch_size=spec.batch_size, seed=seed, pad_id=pad_id)
+def train_batches(sequences, spec: TrainSpec, seed: int, pad_id: int, mesh) -> data.Batches:
+    """The batches of a training split; of each, the rows that this process's devices take."""
+    own = sharding.own_rows(spec.batch_size, mesh)
+    return data.make_batches(
+        sequences, batch_size=spec.batch_size, seed=seed, pad_id=pad_id, own=own
+    )
+
+
+def bind_to(graphdef, mesh, *, remat: str = "dots") -> Callable:
+    """`bind` for states on a mesh."""
+    layout = None if mesh is None else Layout(sharding.pin(mesh), sharding.row_shards(mesh))
+    return bind(graphdef, remat=remat, layout=layout)
 
 
 def fit(
@@ -72,12 +81,20 @@ def guards(label: str, method: Method, trainable, frozen, total: int) -> str:
 
 
 def make_program(spec: TrainSpec, method, graphdef, trainable) -> Program:
-    """Compiled parts for one graph: made once, or every run would compile again."""
+    """Compiled parts for one graph: made once, or every run would compile again.
+
+    The mesh is the one that `trainable` lies on.
+    """
+    mesh = sharding.mesh_of(trainable)
     optimizer = train.make_optimizer(
         trainable, method, weight_decay=spec.weight_decay, clip=spec.clip
     )
-    merge = jax.jit(functools.partial(method.merge, graphdef))
-    return Program(bind(graphdef, remat=spec.remat), merge, optimizer)
+
+    def merge(trainable, frozen):
+        return sharding.keeper(mesh)(method.merge(graphdef, trainable, frozen))
+
+    apply = bind_to(graphdef, mesh, remat=spec.remat)
+    return Program(apply, jax.jit(merge), optimizer)
 
 
 def mean_nll(apply, states, sequences, *, batch_size: int, pad_id: int) -> float:

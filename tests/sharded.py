@@ -1,0 +1,152 @@
+"""What tests/test_sharding.py runs in processes of their own: training steps on several devices.
+
+    python tests/sharded.py OUT.json FIXTURE:METHOD ...       (8 virtual CPU devices by XLA_FLAGS)
+    python tests/sharded.py OUT.json FIXTURE:METHOD ADDRESS COUNT NUMBER   (one of COUNT processes)
+
+Each case takes 5 optimizer steps, in two calls, on every mesh of MESHES; losses, parameters and
+bytes go to OUT.json.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import conftest  # noqa: F401  (strict JAX, as in every test)
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tiny import folder_of
+
+from jax_lowrank import data, models, sharding, train
+from jax_lowrank.adapt import METHODS
+from jax_lowrank.config import TrainSpec
+from jax_lowrank.models.head import Head
+from jax_lowrank.study.training import make_program
+
+MESHES = {
+    "one": (1, 1, 1),
+    "data": (8, 1, 1),
+    "fsdp": (1, 8, 1),
+    "tensor": (1, 1, 8),
+    "mixed": (2, 2, 2),
+}
+STEPS, ROWS, WIDTH = 5, 16, 24
+LORA = {"rank": 2, "alpha": 4, "dropout": 0.1}
+OPTIONS = {"lora": LORA, "dora": LORA | {"dora": True, "init": "pissa"}}
+
+
+def batches(number_of_rows, labelled, mesh):
+    """16 rows a step of texts of unlike lengths; the last step of an epoch is filled up."""
+    rng = np.random.default_rng(0)
+    texts = [rng.integers(3, 60, rng.integers(8, WIDTH)) for _ in range(number_of_rows)]
+    own = sharding.own_rows(ROWS, mesh)
+    rows = data.make_batches(texts, batch_size=ROWS, seed=0, pad_id=0, max_waste=0.9, own=own)
+    if not labelled:
+        return rows
+    return data.LabelledBatches(rows, rng.integers(0, 2, number_of_rows).astype(np.int32))
+
+
+def trained(fixture, method_name, sizes, dtype="float32", accumulate=1):
+    """What 5 steps on a mesh give, as plain numbers."""
+    mesh = sharding.make_mesh(*sizes)
+    labelled = method_name == "head" or fixture.endswith("classification")
+    head = Head("classification", ("no", "yes")) if labelled else None
+    model = models.load(
+        folder_of(fixture.replace("classification", "embedding")),
+        jnp.dtype(dtype),
+        head,
+        jax.random.key(1),
+        where=sharding.where(mesh),
+    )
+    method = METHODS[method_name.replace("dora", "lora")](**OPTIONS.get(method_name, {}))
+    graphdef, trainable, frozen = method.split(jax.random.key(0), model)
+    trainable, frozen = sharding.put((trainable, frozen), mesh)
+    spec = TrainSpec(weight_decay=0.1, accumulate=accumulate)
+    program = make_program(spec, method, graphdef, trainable)
+    opt_state = sharding.put(program.optimizer.init(trainable), mesh)
+    made, losses, read = batches(40, labelled, mesh), [], 0
+    before = placement((trainable, opt_state))
+    compiled = train.run_steps._cache_size()
+    for first, count in ((0, 3), (3, 2)):
+        numbered = [made.batch(t) for t in range(first, first + count)]
+        # One width for all steps, so that the second call could reuse the first one's program.
+        stacked = type(numbered[0])(
+            *(np.stack([_widened(x) for x in part]) for part in zip(*numbered))
+        )
+        read += sum(x.nbytes for x in stacked)
+        stacked = sharding.put_own_rows(train._fill(stacked, 3), trainable, axis=1)
+        trainable, opt_state, values, _ = train.run_steps(
+            apply=program.apply,
+            loss=train.classification_loss if labelled else train.causal_lm_loss,
+            optimizer=program.optimizer,
+            accumulate=spec.accumulate,
+            trainable=trainable,
+            opt_state=opt_state,
+            frozen=frozen,
+            batches=stacked,
+            rates=np.full(3, 1e-2, np.float32),
+            count=count,
+            key=jax.random.key(2),
+            first=first,
+            keep=sharding.keeper(mesh),
+        )
+        trainable, opt_state = sharding.settle((trainable, opt_state))
+        losses += sharding.fetch(values)[:count].tolist()
+    merged = sharding.fetch(models.by_path(program.merge(trainable, frozen)))
+    return {
+        "losses": losses,
+        "compilations": train.run_steps._cache_size() - compiled,
+        "optimizer_bytes": device_bytes(opt_state),
+        "all_optimizer_bytes": sum(x.nbytes for x in jax.tree.leaves(opt_state)),
+        "parameter_bytes": device_bytes((trainable, frozen)),
+        "all_parameter_bytes": sum(x.nbytes for x in jax.tree.leaves((trainable, frozen))),
+        "bytes_read": read,
+        "moved": [
+            f"{path}: {before[path]} -> {after}"
+            for path, after in placement((trainable, opt_state)).items()
+            if after != before[path]
+        ],
+        "merged": {path: float(np.abs(x).astype(np.float64).mean()) for path, x in merged.items()},
+    }
+
+
+def placement(tree):
+    """Path -> where an array lies."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {sharding.path_of(keys): str(leaf.sharding) for keys, leaf in leaves}
+
+
+def _widened(x):
+    """Rows (B, S) made WIDTH wide with zeros: pads that have no weight."""
+    return np.pad(x, ((0, 0), (0, WIDTH - x.shape[1]))) if x.ndim == 2 else x
+
+
+def device_bytes(tree):
+    """The most bytes that one device of this process holds of a pytree."""
+    held = dict.fromkeys(jax.local_devices(), 0)
+    for leaf in jax.tree.leaves(tree):
+        for shard in leaf.addressable_shards:
+            held[shard.device] += shard.data.nbytes
+    return max(held.values())
+
+
+def main(out, *arguments):
+    """Run the cases that the command line names."""
+    cases = [case for case in arguments if ":" in case and "." not in case]
+    meshes = MESHES
+    if len(cases) < len(arguments):
+        address, count, number = arguments[len(cases) :]
+        jax.distributed.initialize(address, int(count), int(number))
+        meshes = {"fsdp": (1, 2, 1), "data": (2, 1, 1)}
+    found = {}
+    for case in cases:
+        fixture, method, *rest = case.split(":")
+        options = {"dtype": rest[0]} if rest else {}
+        found[case] = {
+            name: trained(fixture, method, sizes, **options) for name, sizes in meshes.items()
+        }
+    Path(out).write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

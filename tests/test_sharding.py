@@ -1,0 +1,214 @@
+"""Sharding: the same numbers on every mesh, memory really shared, clear errors."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+import pytest
+from sharded import MESHES, trained
+from tiny import folder_of
+
+from jax_lowrank import config, models, sharding
+from jax_lowrank.adapt import METHODS
+
+HERE = Path(__file__).parent
+EIGHT = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+DECODERS = ("gpt2", "opt", "llama_bias", "mistral_window", "qwen2")
+ENCODERS = ("bert_classification", "roberta_classification", "distilbert_classification")
+# Losses are sums in another order: as far apart as their dtype makes them.
+TOLERANCE = {"float32": 2e-5, "bfloat16": 2e-2}
+
+
+def start(out, *arguments, flags=EIGHT):
+    """tests/sharded.py in a process of its own."""
+    cache = {
+        "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir or "",
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    environment = {**os.environ, **flags, **cache, "PYTHONPATH": str(HERE.parent)}
+    command = [sys.executable, str(HERE / "sharded.py"), str(out), *arguments]
+    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+
+
+def finish(process):
+    _, said = process.communicate(timeout=500)
+    assert process.returncode == 0, said[-3000:]
+
+
+def check(case, runs):
+    """One case: every mesh gives the numbers of one device and holds less of the state."""
+    tolerance = TOLERANCE[[*case.split(":"), "float32"][2]]
+    one = runs["one"]
+    assert np.ptp(one["losses"]) > 0.01  # it is trained
+    for name, run in runs.items():
+        np.testing.assert_allclose(run["losses"], one["losses"], rtol=tolerance, err_msg=name)
+        for path, value in run["merged"].items():
+            wanted = one["merged"][path]
+            assert value == pytest.approx(wanted, rel=100 * tolerance, abs=1e-6), (name, path)
+        assert run["compilations"] == 1, (name, run["moved"])
+        assert run["all_optimizer_bytes"] == one["all_optimizer_bytes"]
+    for kind in ("optimizer", "parameter"):
+        total = one[f"all_{kind}_bytes"]
+        share = {name: run[f"{kind}_bytes"] / total for name, run in runs.items()}
+        assert share["one"] == share["data"] == 1
+        # What is not cut: norms, biases and, where the vocabulary does not divide, its table; of an
+        # adapter, the factor that lies along the other dimension.
+        if kind == "parameter" or case.split(":")[1] == "full":
+            assert share["fsdp"] < 0.3, (kind, share)
+            assert share["tensor"] < 0.7, (kind, share)
+            assert share["mixed"] < 0.55, (kind, share)
+        elif case.split(":")[1] in ("lora", "dora"):
+            assert max(share["fsdp"], share["tensor"], share["mixed"]) < 0.75, share
+
+
+def cases_of(families):
+    methods = [name for name in METHODS if name != "bitfit"]
+    found = [f"{family}:{method}" for family in families for method in methods]
+    return found + [f"{f}:bitfit" for f in families if not f.startswith("mistral")]  # no biases
+
+
+def test_every_mesh_gives_what_one_device_gives(tmp_path):
+    cases = ("llama_bias:lora",)
+    finish(start(tmp_path / "out.json", *cases))
+    found = json.loads((tmp_path / "out.json").read_text())
+    for case in cases:
+        assert set(found[case]) == set(MESHES)
+        check(case, found[case])
+
+
+@pytest.mark.slow
+def test_every_family_and_method_on_every_mesh(tmp_path):
+    halves = cases_of(DECODERS)[::2], cases_of(DECODERS)[1::2] + cases_of(ENCODERS)
+    extra = ["gpt2:lora:bfloat16", "llama_bias:dora"]
+    running = [
+        start(tmp_path / f"{number}.json", *half, *extra[number : number + 1])
+        for number, half in enumerate(halves)
+    ]
+    found = {}
+    for number, process in enumerate(running):
+        finish(process)
+        found |= json.loads((tmp_path / f"{number}.json").read_text())
+    folders = {folder_of(case.split(":")[0]) for case in found}
+    families = {models.weights.read_config(folder)["model_type"] for folder in folders}
+    assert families == set(models.FAMILIES)
+    for case, runs in found.items():
+        check(case, runs)
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def test_two_processes_give_what_one_gives(tmp_path):
+    case, address = "gpt2:lora", f"127.0.0.1:{free_port()}"
+    alone = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    running = [
+        start(tmp_path / f"{n}.json", case, address, "2", str(n), flags=alone) for n in (0, 1)
+    ]
+    one = trained("gpt2", "lora", MESHES["one"])
+    for process in running:
+        finish(process)
+    both = [json.loads((tmp_path / f"{n}.json").read_text())[case] for n in (0, 1)]
+    for name in ("fsdp", "data"):
+        for run in (both[0][name], both[1][name]):
+            np.testing.assert_allclose(run["losses"], one["losses"], rtol=TOLERANCE["float32"])
+            assert run["losses"] == both[0][name]["losses"]
+            assert run["bytes_read"] == one["bytes_read"] / 2
+            assert run["compilations"] == 1
+        for path, value in both[0][name]["merged"].items():
+            assert value == pytest.approx(one["merged"][path], rel=2e-3, abs=1e-6), path
+    assert both[0]["fsdp"]["parameter_bytes"] < 0.6 * one["all_parameter_bytes"]
+
+
+def test_weights_are_read_part_by_part():
+    # The names of one parameter each: stacked and turned, stacked and not, neither.
+    folder = folder_of("llama_bias")
+    model = models.load(folder)
+    whole = models.by_path(model.params)
+    rows = {row.path: row for row in models.llama.rows(model.config, model.head)}
+    stored = models.weights._tensors(folder)
+    for path in ("blocks.mlp.up.kernel", "blocks.attn.q.bias", "blocks.norm1.scale", "embed.table"):
+        array = np.asarray(whole[path])
+        part = tuple(slice(n // 4, n // 2 + 1) for n in array.shape)
+        read = models.weights._read_part(rows[path], array.shape, part, stored, np.dtype("float32"))
+        np.testing.assert_array_equal(read, array[part])
+        assert read.size < array.size
+
+
+# ------------------------------------------------------------------------------------------ rules
+
+
+@pytest.mark.parametrize(
+    "name", [*DECODERS, *(e.replace("classification", "masked-lm") for e in ENCODERS)]
+)
+def test_every_parameter_has_a_rule(name):
+    model = models.load(folder_of(name))
+    for path, array in models.by_path(model.params).items():
+        axes = sharding.axes_of(path)
+        assert len(axes) <= array.ndim, path
+        if array.size > 1000:
+            assert any(axes), path
+
+
+def test_adapters_and_optimizer_state_follow_their_kernel():
+    assert sharding.axes_of("blocks.attn.q.adapter.a") == ("fsdp", None)
+    assert sharding.axes_of("blocks.attn.q.adapter.b") == (None, "tensor")
+    assert sharding.axes_of("blocks.mlp.down.adapter.a0") == ("tensor", None)
+    assert sharding.axes_of("blocks.mlp.down.adapter.b0") == (None, "fsdp")
+    assert sharding.axes_of("blocks.mlp.up.adapter.magnitude") == ("tensor",)
+    assert sharding.axes_of("1.0.mu.blocks.mlp.up.kernel") == ("fsdp", "tensor")
+    with pytest.raises(sharding.MeshError, match=r"no rule says where 'blocks.moe.experts' lives"):
+        sharding.axes_of("blocks.moe.experts")
+
+
+class Eight(NamedTuple):
+    """What the functions that only count read of a mesh."""
+
+    shape: dict
+
+
+MESH = Eight({"data": 2, "fsdp": 2, "tensor": 2})
+
+
+def test_rows_that_do_not_divide_are_refused_with_the_nearest_that_do():
+    sharding.check_rows("train.batch_size", 8, 2, MESH)
+    with pytest.raises(sharding.MeshError, match=r"batch_size 9 .* 4 devices .*; use 8 or 12"):
+        sharding.check_rows("train.batch_size", 9, 1, MESH)
+    with pytest.raises(sharding.MeshError, match=r"3 cannot be split .*; use 4"):
+        sharding.check_rows("train.batch_size", 3, 1, MESH)
+    with pytest.raises(sharding.MeshError, match="in 3 micro-batches; use 12 or 24"):
+        sharding.check_rows("train.batch_size", 20, 3, MESH)
+    sharding.check_rows("train.batch_size", 7, 1, None)
+    assert sharding.up_to_shards(9, MESH) == 12
+    assert sharding.up_to_shards(9, None) == 9
+
+
+def test_dimensions_that_do_not_divide_are_whole_and_said():
+    shapes = {"embed.table": (61, 24), "blocks.attn.q.kernel": (2, 24, 24), "norm.scale": (24,)}
+    assert sharding.uncut(shapes, MESH) == ["embed.table: 61 does not divide by tensor 2"]
+    assert tuple(sharding.spec_of("embed.table", (61, 24), MESH)) == (None, "fsdp")
+    spec = sharding.spec_of("blocks.attn.q.kernel", (2, 24, 24), MESH)
+    assert tuple(spec) == (None, "fsdp", "tensor")
+    assert sharding.uncut(shapes, None) == []
+
+
+def test_a_mesh_says_what_is_wrong_with_it():
+    devices = list(range(8))
+    with pytest.raises(sharding.MeshError, match=r"does not divide 8 devices.*\[1, 2, 4, 8\]"):
+        sharding.make_mesh(3, -1, 1, devices)
+    with pytest.raises(sharding.MeshError, match="is for 16 devices, there are 8"):
+        sharding.make_mesh(2, 8, 1, devices)
+    assert sharding.make_mesh(1, -1, 1, devices[:1]) is None
+    assert sharding.make_mesh(1, 1, 1, devices) is None
+    with pytest.raises(config.ConfigError, match=r"mesh.fsdp 0 is neither -1 nor at least 1"):
+        config.MeshSpec(fsdp=0)
+    with pytest.raises(config.ConfigError, match="data and fsdp are -1; only one"):
+        config.MeshSpec(data=-1)
