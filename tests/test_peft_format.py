@@ -467,11 +467,6 @@ def test_targets_name_the_adapted_modules_alone(adapted, targets, layers):
 # ----------------------------------------------------------------------------------- live PEFT
 
 
-# PEFT 0.21 asks transformers 5 for what it calls differently now.
-live_peft = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
-
-
-@live_peft
 @pytest.mark.parametrize("name", ["gpt2", "mistral_full", "opt", "opt_350m", "opt_bare", "qwen2"])
 def test_live_all_linear_is_what_peft_takes(name):
     pytest.importorskip("torch")
@@ -485,7 +480,6 @@ def test_live_all_linear_is_what_peft_takes(name):
     assert adapted_modules(theirs) == adapted_modules(files_of(made(name, "plain")).tensors)
 
 
-@live_peft
 @pytest.mark.parametrize("option", OURS)
 @pytest.mark.parametrize(
     "name", ["gpt2", "llama_bias", "llama_tied", "mistral_window", "opt", "opt_350m", "qwen2"]
@@ -497,7 +491,6 @@ def test_live_peft_loads_ours(name, option, tmp_path):
 OTHERS = ["opt", "opt_350m", "qwen2", "bert_masked-lm", "roberta_masked-lm", "bert_embedding"]
 
 
-@live_peft
 @pytest.mark.parametrize("name", [*OTHERS, "distilbert_masked-lm"])
 def test_live_peft_loads_the_other_families(name, tmp_path):
     live(tmp_path, name, "patterns", None)
@@ -506,7 +499,6 @@ def test_live_peft_loads_the_other_families(name, tmp_path):
 CLASSIFIERS = ["gpt2", "llama_bias", "opt_350m", "qwen2", "mistral_full", "bert_masked-lm"]
 
 
-@live_peft
 @pytest.mark.parametrize("name", [*CLASSIFIERS, "roberta_masked-lm", "distilbert_masked-lm"])
 def test_live_peft_loads_our_classifier(name, tmp_path):
     live(tmp_path, name, "plain", Head("classification", ("a", "b", "c")))
