@@ -136,11 +136,12 @@ def study_command(args: list[str]) -> int:
             return 0
         out, rest = take_option(rest, "--out")
         part, rest = take_option(rest, "--shard")
+        curves, rest = take_curves(rest)
         shard = shard_of(part, os.environ)
         distributed, rest = take_flag(rest, "--distributed")
         study = load_config(config)
         if rest:
-            prog = f"jax-lowrank study {config} [--out DIR] [--shard i/n] [--distributed]"
+            prog = f"jax-lowrank study {config} [--out DIR] [--shard i/n] [--track DIR] [--distributed]"
             study = parse(Study, study, rest, prog)
     except (ValueError, OSError) as error:
         return fail(str(error))
@@ -157,7 +158,7 @@ def study_command(args: list[str]) -> int:
     except (ValueError, OSError) as error:
         return fail(str(error))
     try:
-        left = execute(prepared, note, shard)
+        left = execute(prepared, note, shard, curves)
     except results.ResultsError as error:
         return fail(str(error))
     except (DivergedError, OSError) as error:
@@ -209,7 +210,7 @@ def report_command(args: list[str]) -> int:
 
 def finetune_command(args: list[str]) -> int:
     """One run, or what it would be."""
-    from jax_lowrank.config import ConfigError, require
+    from jax_lowrank.config import require
     from jax_lowrank.config_run import FinetuneSpec, default_method
 
     out, args = take_option(args, "--out")
@@ -217,13 +218,16 @@ def finetune_command(args: list[str]) -> int:
     dry, args = take_flag(args, "--dry-run")
     devices, args = take_option(args, "--devices")
     distributed, args = take_flag(args, "--distributed")
-    prog = "jax-lowrank finetune [--out DIR] [--dry-run [--devices N]] [--distributed]"
+    prog = (
+        "jax-lowrank finetune [--out DIR] [--track DIR] [--dry-run [--devices N]] [--distributed]"
+    )
     try:
+        curves, args = take_curves(args)
         default = FinetuneSpec(method=default_method(name or "lora"))
         spec = parse(FinetuneSpec, default, lengthen(args, SHORT), prog, FINETUNE_HELP)
         require(devices is None or dry, "--devices plans memory: it goes with --dry-run")
         require((devices or "1").isdecimal(), f"--devices {devices} is not a number of devices")
-    except ConfigError as error:
+    except ValueError as error:
         return fail(str(error))
     use_fast_memory()
     set_up_jax()
@@ -248,7 +252,7 @@ def finetune_command(args: list[str]) -> int:
         return fail(str(error))
     try:
         if record is None:
-            record = finetune.execute(job, note)
+            record = finetune.execute(job, note, curves)
         else:
             note(f"{job.out} is finished: this run was done before")
     except results.ResultsError as error:
@@ -396,3 +400,14 @@ def take_option(args: list[str], name: str) -> tuple[str | None, list[str]]:
 def take_flag(args: list[str], name: str) -> tuple[bool, list[str]]:
     """Whether `name` is in args, and the other arguments."""
     return name in args, [arg for arg in args if arg != name]
+
+
+def take_curves(args: list[str]) -> tuple[Path | None, list[str]]:
+    """The directory of --track, and the other arguments."""
+    from jax_lowrank.tracking import require_tensorboard
+
+    directory, args = take_option(args, "--track")
+    if directory is None:
+        return None, args
+    require_tensorboard()
+    return Path(directory), args

@@ -6,6 +6,7 @@ jax-lowrank: what does low-rank fine-tuning leave behind, compared with full fin
 commands
   study CONFIG [--out DIR] [--FIELD VALUE ...]   run a study, or continue it, and report it;
         [--shard i/n]                            several workers may share one DIR
+        [--track DIR]                            training curves for TensorBoard
   report DIR                                     report a results directory again
   audit-topology CONFIG [--steps N] [--out DIR]  the same steps on several meshes, and seeds
   finetune --model PATH --data FILE [...]        one run: LoRA, full fine-tuning and others
@@ -52,6 +53,7 @@ examples
 what to know
   --method NAME   lora, full, bitfit or head, each with its usual learning rate
   --out DIR       where the run goes; default: under results/. The best epoch by validation is kept
+  --track DIR     where training curves for TensorBoard go
   --dry-run       checks everything, prints configuration, sizes and memory, and writes no result;
                   with --devices N the memory on each of N accelerators, from config.json alone
   --distributed   this is one of several processes of one run; see tpu_scripts/README.md

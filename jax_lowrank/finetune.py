@@ -198,9 +198,9 @@ def loss_for(kind: str) -> Callable:
     return train.classification_loss if kind == "classification" else train.causal_lm_loss
 
 
-def execute(job: Job, note: Callable[[str], None]) -> dict:
+def execute(job: Job, note: Callable[[str], None], curves: Path | None = None) -> dict:
     """Do the run, from its newest checkpoint where there is one, and write its directory, whole or
-    not at all; its record.
+    not at all; its record. curves: where to write TensorBoard's files, if anywhere.
 
     Raises ResultsError while another process does the same run.
     """
@@ -217,7 +217,7 @@ def execute(job: Job, note: Callable[[str], None]) -> dict:
                 note=note,
             )
             try:
-                record = train_and_write(job, checkpoints, note)
+                record = train_and_write(job, checkpoints, note, curves)
             except train.DivergedError:  # and would again
                 checkpoints.remove()
                 raise
@@ -228,7 +228,9 @@ def execute(job: Job, note: Callable[[str], None]) -> dict:
             shutil.rmtree(place, ignore_errors=True)
 
 
-def train_and_write(job: Job, checkpoints: Checkpoints, note: Callable[[str], None]) -> dict:
+def train_and_write(
+    job: Job, checkpoints: Checkpoints, note: Callable[[str], None], curves: Path | None
+) -> dict:
     """Train and measure, and write the run's directory; its record."""
     spec, (graphdef, trainable, frozen) = job.spec, job.start.parts
     note(sizes(job))
@@ -265,7 +267,7 @@ def train_and_write(job: Job, checkpoints: Checkpoints, note: Callable[[str], No
             batches=batches,
             peak=spec.method.learning_rates[0],
             validate=validate,
-            log=progress_log(progress, spec.method.label, log),
+            log=progress_log(progress, spec.method.label, log, curves),
             key=jax.random.key(spec.seed),
             loss=loss_for(job.data.kind),
             checkpoints=checkpoints,

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tiny_text
 from safetensors.numpy import load_file
+from test_tracking import curves
 from tiny_text import jsonl
 
 from jax_lowrank import cli, data, finetune, infer, models, train, trained
@@ -47,9 +48,22 @@ def folder(tmp_path_factory):
             file = place / f"{kind}.jsonl"
             out = ["--out", str(place / "runs" / kind), "--method", method]
             line = ["finetune", "--model", str(place / "model"), "--data", str(file), *out, *SMALL]
-            more = ["--epochs", "20"] if kind == "chat" else []
+            more = ["--epochs", "20"] if kind == "chat" else ["--track", str(place / "curves")]
             assert cli.main([*line, "--test", str(file), *more]) == 0
     return place
+
+
+def test_training_is_tracked_where_asked(folder):
+    (place,) = (folder / "curves").iterdir()  # both of a method
+    lines = [
+        json.loads(line)
+        for kind in ("completion", "classification")
+        for line in (folder / "runs" / kind / "log.jsonl").read_text().splitlines()
+    ]
+    found = curves(place)
+    wanted = {line["step"] for line in lines if "loss" in line}
+    assert set(found["loss"]) == wanted and len(wanted) >= 3
+    assert set(found["validation_loss"]) == {x["step"] for x in lines if "validation_loss" in x}
 
 
 METHOD = {"completion": "lora", "classification": "lora", "chat": "full"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -33,9 +34,11 @@ from jax_lowrank.workers import Shard
 ALL = Shard()
 
 
-def execute(prepared: Prepared, note: Callable[[str], None], shard: Shard = ALL) -> int:
+def execute(
+    prepared: Prepared, note: Callable[[str], None], shard: Shard = ALL, curves: Path | None = None
+) -> int:
     """Run the grid, or this shard of it, skipping what is finished; how many of the study's runs
-    are not finished yet, by other shards.
+    are not finished yet, by other shards. curves: where to write TensorBoard's files, if anywhere.
     """
     p = prepared
     describe(p)
@@ -51,10 +54,8 @@ def execute(prepared: Prepared, note: Callable[[str], None], shard: Shard = ALL)
     base_apply = bind_to(p.model.graphdef, p.mesh)
     num_trained = sum(slot.kind != "base" for slot in needed(p.study, mine))
     with Progress(steps * num_trained) as progress:
-        cells = {
-            spec.label: Cell(p, spec, train_sequences, held_out, base_apply, progress, steps, {})
-            for spec in p.study.methods
-        }
+        shared = (train_sequences, held_out, base_apply, progress, steps)
+        cells = {spec.label: Cell(p, spec, *shared, {}, curves) for spec in p.study.methods}
         schedule = Schedule(
             p,
             progress,
@@ -80,6 +81,7 @@ class Cell(NamedTuple):
     progress: Progress
     steps: int
     programs: dict  # graphdef -> Program: a random choice of layers may differ by seed
+    curves: Path | None
 
     def run(self, run: Run) -> dict:
         """Do this run, from its newest checkpoint where there is one, and write it; its record."""
@@ -121,7 +123,7 @@ class Cell(NamedTuple):
                     batch_size=p.study.evaluate.batch_size,
                     pad_id=p.text.pad_id,
                 ),
-                log=progress_log(self.progress, label, log),
+                log=progress_log(self.progress, label, log, self.curves),
                 key=key,
                 checkpoints=checkpoints,
             )

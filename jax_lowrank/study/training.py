@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -13,6 +14,7 @@ from jax_lowrank.checkpoint import Checkpoints
 from jax_lowrank.config import TrainSpec
 from jax_lowrank.models.attention import Layout
 from jax_lowrank.progress import Progress
+from jax_lowrank.tracking import tensorboard
 
 
 class Program(NamedTuple):
@@ -105,13 +107,18 @@ def mean_nll(apply, states, sequences, *, batch_size: int, pad_id: int) -> float
     return float(scored.nll.sum() / scored.tokens.sum())
 
 
-def progress_log(progress: Progress, label: str, keep: list[dict] | None = None) -> Callable:
-    """A `log` for fit: advances the progress, and keeps the lines when a list is given."""
-    seen = 0
+def progress_log(
+    progress: Progress, label: str, keep: list[dict] | None = None, curves: Path | None = None
+) -> Callable:
+    """A `log` for fit: advances the progress, keeps the lines when a list is given, and writes them
+    for TensorBoard below `curves`."""
+    seen, track = 0, tensorboard(curves, label) if curves else None
 
     def log(line: dict) -> None:
         nonlocal seen
         resumed = line.get("resumed", False)
+        if track:
+            track(line)
         if keep is not None:
             keep.append({name: value for name, value in line.items() if name != "resumed"})
         if "loss" in line and resumed:
