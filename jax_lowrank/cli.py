@@ -9,6 +9,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from jax_lowrank.cli_arguments import (
+    lengthen,
+    parse,
+    split_target,
+    take_curves,
+    take_flag,
+    take_option,
+)
 from jax_lowrank.cli_help import (
     AUDIT_HELP,
     EVALUATE_HELP,
@@ -88,42 +96,6 @@ def note(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
-def parse(kind: type, default: Any, args: list[str], prog: str, description: str = "") -> Any:
-    """`default` with the fields that args set. A rule that a value breaks is raised as ConfigError;
-    tyro itself says what is wrong with a flag, and ends the program.
-    """
-    import contextlib
-    import io
-
-    import tyro
-
-    from jax_lowrank.config import ConfigError
-
-    said = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(said):
-            return tyro.cli(kind, default=default, args=args, prog=prog, description=description)
-    except SystemExit as stop:
-        cause = stop.__context__
-        while cause is not None and not isinstance(cause, ConfigError):
-            cause = cause.__context__
-        if cause is None:
-            sys.stderr.write(said.getvalue())
-            raise
-        raise ConfigError(str(cause)) from None
-
-
-def split_target(command: str, what: str, args: list[str]) -> tuple[str, list[str]]:
-    """The first argument and the others; ("", ["--help"]) where help is wanted instead."""
-    from jax_lowrank.config import ConfigError
-
-    if args and args[0] in ("-h", "--help"):
-        return "", ["--help"]
-    if not args or args[0].startswith("-"):
-        raise ConfigError(f"{command} needs {what} first; see jax-lowrank {command} --help")
-    return args[0], args[1:]
-
-
 def study_command(args: list[str]) -> int:
     """Run the study of a config file, or a shard of it, and report it when all is finished."""
     from jax_lowrank.config import Study, load_config
@@ -141,8 +113,8 @@ def study_command(args: list[str]) -> int:
         distributed, rest = take_flag(rest, "--distributed")
         study = load_config(config)
         if rest:
-            prog = f"jax-lowrank study {config} [--out DIR] [--shard i/n] [--track DIR] [--distributed]"
-            study = parse(Study, study, rest, prog)
+            flags = "[--out DIR] [--shard i/n] [--track DIR] [--distributed]"
+            study = parse(Study, study, rest, f"jax-lowrank study {config} {flags}")
     except (ValueError, OSError) as error:
         return fail(str(error))
     use_fast_memory()
@@ -366,12 +338,6 @@ def export_command(args: list[str]) -> int:
     return 0
 
 
-def lengthen(args: list[str], short: dict[str, str]) -> list[str]:
-    """args with short flags written out."""
-    split = [arg.partition("=") for arg in args]
-    return ["".join((short.get(name, name), equals, value)) for name, equals, value in split]
-
-
 def write_report(directory: Path) -> int:
     """Write the page and the tables, and say what was found."""
     from jax_lowrank import results
@@ -385,29 +351,3 @@ def write_report(directory: Path) -> int:
     print(claims.as_text(result))
     print(f"report: {path}")
     return 0
-
-
-def take_option(args: list[str], name: str) -> tuple[str | None, list[str]]:
-    """The value of `name` in args (as `name VALUE` or `name=VALUE`), and the other arguments."""
-    for i, arg in enumerate(args):
-        if arg == name and i + 1 < len(args):
-            return args[i + 1], args[:i] + args[i + 2 :]
-        if arg.startswith(f"{name}="):
-            return arg.split("=", 1)[1], args[:i] + args[i + 1 :]
-    return None, args
-
-
-def take_flag(args: list[str], name: str) -> tuple[bool, list[str]]:
-    """Whether `name` is in args, and the other arguments."""
-    return name in args, [arg for arg in args if arg != name]
-
-
-def take_curves(args: list[str]) -> tuple[Path | None, list[str]]:
-    """The directory of --track, and the other arguments."""
-    from jax_lowrank.tracking import require_tensorboard
-
-    directory, args = take_option(args, "--track")
-    if directory is None:
-        return None, args
-    require_tensorboard()
-    return Path(directory), args

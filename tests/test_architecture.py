@@ -43,6 +43,7 @@ ALLOWED = {
     "config_run": ("config",),
     "study": ("",),
     "cli_help": (),
+    "cli_arguments": ("config", "tracking"),
     "finetune": ("",),
     "starting": ("",),
     "dry_run": ("",),
