@@ -21,7 +21,7 @@ class Cells(NamedTuple):
     that `tables` makes of the totals; the last group is all rows.
     """
 
-    sums: sparse.csr_array
+    sums: sparse.csc_array
     counts: np.ndarray
     shape: tuple[int, int, int]
 
@@ -34,7 +34,7 @@ def make(labels, predictions, groups, *, num_classes: int, weights=None, cluster
     num_runs, num_rows = predictions.shape
     everyone = np.column_stack([groups, np.ones(num_rows, bool)])
     if clusters is None:
-        first, counts = _equal_rows(labels, predictions, everyone, weights)
+        first, counts = _equal_rows(labels, predictions, everyone, num_classes, weights)
         labels, predictions, everyone = labels[first], predictions[:, first], everyone[first]
         weights = None if weights is None else weights[first]
         unit = np.arange(first.size)
@@ -57,7 +57,7 @@ def make(labels, predictions, groups, *, num_classes: int, weights=None, cluster
         values.append(weights[row][other])
         start += slots * num_classes * (num_classes - 1)
     entries = (np.concatenate(values), (np.concatenate(places), np.concatenate(units)))
-    sums = sparse.csr_array(entries, shape=(start, counts.size))
+    sums = sparse.csc_array(entries, shape=(start, counts.size))
     return Cells(sums, counts, (num_runs, slots, num_classes))
 
 
@@ -133,12 +133,13 @@ def percentiles(replicates: np.ndarray, level: float) -> tuple[np.ndarray, np.nd
     return at(tail), at(1 - tail)
 
 
-def _equal_rows(labels, predictions, everyone, weights) -> tuple[np.ndarray, ...]:
+def _equal_rows(labels, predictions, everyone, num_classes, weights) -> tuple[np.ndarray, ...]:
     """A first row of each cell, and how many rows it has."""
+    small = np.uint8 if num_classes <= 256 else np.int32
     parts: Sequence[np.ndarray] = [
         np.packbits(everyone, axis=1),
-        labels.astype(np.int32)[:, None].view(np.uint8),
-        np.ascontiguousarray(predictions.T.astype(np.int32)).view(np.uint8),
+        labels.astype(small)[:, None].view(np.uint8),
+        np.ascontiguousarray(predictions.T.astype(small)).view(np.uint8),
     ]
     if weights is not None:
         parts = [*parts, weights[:, None].view(np.uint8)]

@@ -39,6 +39,17 @@ class Limits(NamedTuple):
     reason: str
 
 
+class Band(NamedTuple):
+    """Values (F,) that limits must enclose together, their standard errors, and each resample's
+    largest deviation from them in standard errors, (B,).
+    """
+
+    values: np.ndarray
+    error: np.ndarray
+    deviation: np.ndarray
+    reason: str
+
+
 def num_defined(rates) -> np.ndarray:
     """How many groups have a rate, (...)."""
     return (~np.isnan(np.asarray(rates, np.float64))).sum(-1)
@@ -135,24 +146,58 @@ def gap_limits(
     resample has a rate of 0. A rate of 0 or 1 does not vary between resamples, so limits that rest
     on it are narrow.
     """
+    tops = overall or (None,) * len(rates)
+    bands = [band(*parts, kind) for parts in zip(rates, replicates, tops)]
+    return joined_limits(bands, kind, agg, level)
+
+
+def band(rate: np.ndarray, replicates: np.ndarray, overall=None, kind: str = "difference") -> Band:
+    """What `gap_limits` needs of one rate; the same for gaps that share it."""
     if kind not in ("difference", "ratio", "worst"):
         raise ValueError(f"kind must be 'difference', 'ratio' or 'worst', not {kind!r}")
+    kept, none = ~np.isnan(rate), np.zeros(0)
+    if kept.sum() < (1 if kind == "worst" else 2):
+        return Band(none, none, none, f"{kept.sum()} of {kept.size} groups have enough rows")
+    value, draws = rate[kept], replicates[:, kept]
+    if overall is not None and kind != "worst":
+        value, draws = np.append(value, overall[0]), np.column_stack([draws, overall[1]])
+    if kind == "ratio":
+        if (value <= 0).any() or (draws <= 0).any():
+            return Band(none, none, none, "a rate of 0, here or in a resample, has no logarithm")
+        value, draws = np.log(value), np.log(draws)
+    away = draws - value
+    defined = away[~np.isnan(away).any(1)]  # a resample can leave a small group without rows
+    if len(defined) < 2:
+        return Band(none, none, none, "no resample holds rows of every group")
+    if kind == "worst":
+        error = defined.std(0)
+        return Band(value, error, _deviation(away, error), "")
+    one, two = np.triu_indices(value.size, 1)
+    if overall is not None:
+        one, two = np.arange(value.size - 1), np.full(value.size - 1, value.size - 1)
+    covariance = np.cov(defined.T, ddof=0)
+    variance = covariance[one, one] + covariance[two, two] - 2 * covariance[one, two]
+    error = np.sqrt(np.where(variance > 1e-15, variance, 0.0))
+    return Band(value[one] - value[two], error, _deviation(away[:, one] - away[:, two], error), "")
+
+
+def joined_limits(
+    bands: Sequence[Band], kind: str, agg: str = "worst_case", level: float = 0.95
+) -> Limits:
+    """Limits of a gap from the bands of its one or two rates."""
     checked_level(level)
-    families = []
-    for i, (rate, draws) in enumerate(zip(rates, replicates)):
-        kept = ~np.isnan(rate)
-        if kept.sum() < (1 if kind == "worst" else 2):
-            return Limits(np.nan, np.nan, f"{kept.sum()} of {kept.size} groups have enough rows")
-        pair = (rate[kept], draws[:, kept])
-        if kind == "ratio":
-            if (pair[0] <= 0).any() or (pair[1] <= 0).any():
-                return Limits(
-                    np.nan, np.nan, "a rate of 0, here or in a resample, has no logarithm"
-                )
-            pair = tuple(np.log(part) for part in pair)
-        top = None if overall is None else overall[i]
-        families.append(_family(*pair, top, kind))
-    return _joined(families, kind, agg, level)
+    reasons = [part.reason for part in bands if part.reason]
+    if reasons:
+        return Limits(np.nan, np.nan, reasons[0])
+    deviation = np.max([part.deviation for part in bands], axis=0)  # NaN if either is
+    critical = np.quantile(deviation[~np.isnan(deviation)], level)
+    ends = [_ends(part.values, critical * part.error, kind) for part in bands]
+    if len(ends) == 1:
+        low, high = ends[0]
+    else:
+        extreme = np.minimum if kind == "ratio" else np.maximum
+        low, high = (combine(pair, agg, extreme) for pair in zip(*ends))
+    return Limits(float(low), float(high), "")
 
 
 def permuted_gap(
@@ -213,38 +258,12 @@ def _of_two(found, rates, compat) -> np.ndarray:
     return np.where(num_defined(rates) < 2, np.nan, found)
 
 
-def _family(rates, replicates, overall, kind) -> tuple[np.ndarray, np.ndarray]:
-    """What must be enclosed together: values (F,) and their replicates (B, F)."""
-    if kind == "worst":
-        return rates, replicates
-    if overall is not None:
-        value, draws = (np.asarray(part, np.float64) for part in overall)
-        if kind == "ratio":
-            value, draws = np.log(value), np.log(draws)
-        return rates - value, replicates - draws[:, None]
-    one, two = np.triu_indices(rates.size, 1)
-    return rates[one] - rates[two], replicates[:, one] - replicates[:, two]
-
-
-def _joined(families, kind: str, agg: str, level: float) -> Limits:
-    values = np.concatenate([value for value, _ in families])
-    draws = np.concatenate([draw for _, draw in families], axis=1)
-    draws = draws[~np.isnan(draws).any(1)]  # a resample can leave a small group without rows
-    if len(draws) < 2:
-        return Limits(np.nan, np.nan, "no resample holds rows of every group")
-    error = draws.std(0)
-    away = np.abs(draws - values)
-    deviation = np.max(np.divide(away, error, out=np.zeros_like(away), where=error > 0), axis=1)
-    half = np.quantile(deviation, level) * error
-    cuts = np.cumsum([value.size for value, _ in families])[:-1]
-    parts = zip(np.split(values, cuts), np.split(half, cuts))
-    ends = [_ends(value, width, kind) for value, width in parts]
-    if len(ends) == 1:
-        low, high = ends[0]
-    else:
-        extreme = np.minimum if kind == "ratio" else np.maximum
-        low, high = (combine(pair, agg, extreme) for pair in zip(*ends))
-    return Limits(float(low), float(high), "")
+def _deviation(away: np.ndarray, error: np.ndarray) -> np.ndarray:
+    """Largest standardised deviation (B,) of each resample."""
+    scale = np.divide(1.0, error, out=np.zeros_like(error), where=error > 0)
+    np.abs(away, out=away)
+    away *= scale
+    return away.max(axis=1)
 
 
 def _ends(values: np.ndarray, half: np.ndarray, kind: str) -> tuple[float, float]:

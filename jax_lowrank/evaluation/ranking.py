@@ -93,19 +93,28 @@ def bias_score(found: BiasAucs, power: float = -5.0, defined_only: bool = False)
 
 
 def _run(scores, labels, groups, weights) -> list:
-    """AUC and error of (subgroup, bpsn, bnsp) of every group; in the last place of all rows."""
+    """AUC and error of (subgroup, bpsn, bnsp) of every group; in the last place of all rows.
+
+    What lies between two scores of a group is one step for it, so that a group costs its own rows.
+    """
     values, rank = np.unique(scores, return_inverse=True)
 
-    def histogram(rows, powers) -> np.ndarray:
-        at, label = rank[rows], labels[rows]
-        sums = np.bincount(at + values.size * label, weights[rows] ** powers, 2 * values.size)
-        return sums.reshape(2, -1)
+    def histogram(at, rows, size) -> np.ndarray:
+        """Weights and squared weights (2, 2, size) by label of rows at these places."""
+        place = at + size * labels[rows]
+        sums = [np.bincount(place, weights[rows] ** power, 2 * size) for power in (1, 2)]
+        return np.reshape(sums, (2, 2, size))
 
-    every = np.array([histogram(slice(None), power) for power in (1, 2)])
+    every = histogram(rank, slice(None), values.size)
+    below = np.concatenate([np.zeros((2, 2, 1)), every.cumsum(-1)], axis=-1)
     found = []
     for column in groups.T:
-        inside = np.array([histogram(np.flatnonzero(column), power) for power in (1, 2)])
-        rest = every - inside
+        rows = np.flatnonzero(column)
+        own, at = np.unique(rank[rows], return_inverse=True)
+        ends = np.concatenate([[0], np.stack([own, own + 1], 1).ravel(), [values.size]])
+        inside = np.zeros((2, 2, ends.size - 1))
+        inside[..., 1::2] = histogram(at, rows, own.size)[..., : (ends.size - 1) // 2]
+        rest = np.maximum(np.diff(below[..., ends]) - inside, 0.0)
         pairs = ((inside, inside), (rest, inside), (inside, rest))
         found.append([_auc(one[:, 1], two[:, 0]) for one, two in pairs])
     return [*found, [_auc(every[:, 1], every[:, 0])] * 3]

@@ -249,14 +249,15 @@ def _gap_limits(rates: GroupRates, inside, overall, to_overall: bool, level: flo
     low, high = np.full(shape, np.nan), np.full(shape, np.nan)
     reason = np.full(shape, "", dtype=object)
     for run in range(shape[0]):
+        bands = {}
         for k, (kind, names, agg) in enumerate(GAPS.values()):
-            at = [Rates._fields.index(name) for name in names]
-            values = [rates.by_group[i][run] for i in at]
-            draws = [inside[:, run, i] for i in at]
-            tops = None
-            if to_overall and kind != "worst":
-                tops = [(rates.overall[i][run], overall[:, run, i]) for i in at]
-            found = disparities.gap_limits(values, draws, kind, agg, tops, level)
+            for name in names:
+                if (kind, name) not in bands:
+                    i = Rates._fields.index(name)
+                    top = (rates.overall[i][run], overall[:, run, i]) if to_overall else None
+                    parts = (rates.by_group[i][run], inside[:, run, i], top)
+                    bands[kind, name] = disparities.band(*parts, kind)
+            found = disparities.joined_limits([bands[kind, n] for n in names], kind, agg, level)
             low[run, k], high[run, k], reason[run, k] = found
     return low, high, reason
 
