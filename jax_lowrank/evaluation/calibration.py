@@ -16,8 +16,8 @@ from scipy.special import bdtrik, gammaln, xlog1py, xlogy
 
 from jax_lowrank.evaluation.intervals import checked_level, divide, membership
 
-DRAWS = 300  # of each bin's noise behind `limits`
-STEPS = 14  # bisections there
+DRAWS = 200  # of each bin's noise behind `limits`
+STEPS = 12  # bisections there
 MOST_ERRORS = 6.0  # standard errors by which a bin's true deviation may pass the observed one
 
 
@@ -158,7 +158,7 @@ def corrected_error(found: Bins) -> np.ndarray:
     return np.sqrt(np.maximum(divide(square, total), 0.0))
 
 
-def perfect(found: Bins, norm: float = 1, *, num_draws: int = 1000, seed: int = 0) -> Perfect:
+def perfect(found: Bins, norm: float = 1, *, num_draws: int = 500, seed: int = 0) -> Perfect:
     """What `calibration_error` is when every y is drawn with its own probability p.
 
     Bins are drawn as binomial at their mean probability, scaled to the variance of their rows (the

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
+from scipy import sparse
 
 from jax_lowrank.evaluation.intervals import checked_level, divide, membership
 
@@ -225,11 +226,12 @@ def permuted_gap(
         blank = np.full(shape, np.nan)
         reason = f"{kept.sum()} of {kept.size} groups have enough rows: a gap needs two"
         return GapNull(blank, blank, blank, int(kept.sum()), "", reason)
-    gaps = np.ptp(runs @ groups.astype(np.float64) / sizes, axis=1)
-    patterns, numbers = np.unique(groups, axis=0, return_counts=True)
+    members = sparse.csr_array(groups.astype(np.float64))
+    gaps = np.ptp((members.T @ runs.T).T / sizes, axis=1)
+    patterns, numbers = _patterns(groups)
     rng, totals = np.random.default_rng(seed), runs.sum(1)
     exact = len(patterns) <= EXACT_PATTERNS
-    draw = _permutations(patterns, numbers, sizes) if exact else _normal(groups, sizes)
+    draw = _permutations(patterns, numbers, sizes) if exact else _normal(members, sizes)
     means, hits = np.empty(len(runs)), np.empty(len(runs))
     for run, total in enumerate(totals):
         null = draw(rng, int(total), num_permutations)
@@ -283,10 +285,17 @@ def _permutations(patterns, numbers, sizes) -> Callable:
     return draw
 
 
-def _normal(groups, sizes) -> Callable:
-    n = len(groups)
-    members = groups.astype(np.float64)
-    covariance = (members.T @ members) / np.outer(sizes, sizes) - 1 / n
+def _patterns(groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The different rows of membership, and how many rows have each."""
+    keys = np.packbits(groups, axis=1)
+    keys = keys.view(np.dtype((np.void, keys.shape[1]))).ravel()
+    _, first, numbers = np.unique(keys, return_index=True, return_counts=True)
+    return groups[first], numbers
+
+
+def _normal(members: sparse.csr_array, sizes) -> Callable:
+    n = members.shape[0]
+    covariance = (members.T @ members).toarray() / np.outer(sizes, sizes) - 1 / n
     values, vectors = np.linalg.eigh(covariance)
     root = vectors * np.sqrt(np.maximum(values, 0))
     kept: dict[int, np.ndarray] = {}  # the draws differ between runs by their scale alone

@@ -6,6 +6,7 @@ rows' negatives (BNSP, low where its positives score too low). Ties count one ha
 DeLong's (1988) on the logit scale, rows independent. 1 is ideal, 0.5 is chance.
 """
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
@@ -54,7 +55,12 @@ def bias_aucs(
     labels = labels.astype(int)
     numbers = np.stack([np.bincount(labels[column], minlength=2) for column in groups.T])
     everyone = np.bincount(labels, minlength=2)
-    runs = [_run(run, labels, groups, weights) for run in scores.reshape(-1, labels.size)]
+    with ThreadPoolExecutor() as pool:  # numpy lets go of the interpreter in its long loops
+        runs = list(
+            pool.map(
+                lambda run: _run(run, labels, groups, weights), scores.reshape(-1, labels.size)
+            )
+        )
     found = np.reshape(runs, (*scores.shape[:-1], -1, 3, 2))
     others = everyone - numbers
     sizes = {
