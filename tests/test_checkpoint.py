@@ -191,6 +191,8 @@ def test_other_hardware_is_said(whole, monkeypatch):
 # ------------------------------------------------------------------------------- saves that fail
 
 
+# Orbax's own thread dies of it as well, and pytest sees that.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_full_disk_is_named_and_nothing_older_is_lost(whole, tmp_path):
     """The limit on a file's size makes the real write fail, in TensorStore's threads."""
     import resource
