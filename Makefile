@@ -57,7 +57,7 @@ test: $(VENV)/.test  ## the tests, without those marked slow or browser
 # pytest's exit code 5 says that no test has the mark.
 .PHONY: test-slow
 test-slow: $(VENV)/.test  ## the tests that `make test` leaves out (browser: skipped without Chromium)
-	@$(VENV)/bin/python -m pytest -m 'slow or browser' || \
+	@$(VENV)/bin/python -m pytest -n auto -m 'slow or browser' || \
 		{ code=$$?; [ $$code -eq 5 ] && echo "no test is marked slow or browser"; }
 
 .PHONY: test-all
