@@ -185,15 +185,15 @@ def finetune_command(args: list[str]) -> int:
     from jax_lowrank.config import require
     from jax_lowrank.config_run import FinetuneSpec, default_method
 
-    out, args = take_option(args, "--out")
-    name, args = take_option(lengthen(args, {"--method.name": "--method"}), "--method")
-    dry, args = take_flag(args, "--dry-run")
-    devices, args = take_option(args, "--devices")
-    distributed, args = take_flag(args, "--distributed")
     prog = (
         "jax-lowrank finetune [--out DIR] [--track DIR] [--dry-run [--devices N]] [--distributed]"
     )
     try:
+        out, args = take_option(args, "--out")
+        name, args = take_option(lengthen(args, {"--method.name": "--method"}), "--method")
+        dry, args = take_flag(args, "--dry-run")
+        devices, args = take_option(args, "--devices")
+        distributed, args = take_flag(args, "--distributed")
         curves, args = take_curves(args)
         default = FinetuneSpec(method=default_method(name or "lora"))
         spec = parse(FinetuneSpec, default, lengthen(args, SHORT), prog, FINETUNE_HELP)

@@ -51,8 +51,11 @@ def lengthen(args: list[str], short: dict[str, str]) -> list[str]:
 
 def take_option(args: list[str], name: str) -> tuple[str | None, list[str]]:
     """The value of `name` in args (as `name VALUE` or `name=VALUE`), and the other arguments."""
+    from jax_lowrank.config import require
+
     for i, arg in enumerate(args):
-        if arg == name and i + 1 < len(args):
+        if arg == name:
+            require(i + 1 < len(args), f"{name} needs a value")
             return args[i + 1], args[:i] + args[i + 2 :]
         if arg.startswith(f"{name}="):
             return arg.split("=", 1)[1], args[:i] + args[i + 1 :]

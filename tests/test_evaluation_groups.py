@@ -30,7 +30,7 @@ def measured(label, predicted, members, weights=None, minimum=1):
 
 
 def same(one, two):
-    for left, right in zip(one, two):
+    for left, right in zip(one, two, strict=True):
         np.testing.assert_allclose(left, right, atol=1e-12)
 
 

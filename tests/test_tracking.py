@@ -35,6 +35,13 @@ def test_every_number_stands_at_its_step(tmp_path):
     }
 
 
+@pytest.mark.parametrize("arguments", [("study", "configs/demo.py"), ("finetune",)])
+@pytest.mark.parametrize("flag", ["--track", "--out"])
+def test_a_flag_without_its_value_is_one_sentence(arguments, flag, capsys):
+    assert cli.main([*arguments, flag]) == 2
+    assert capsys.readouterr().err == f"jax-lowrank: {flag} needs a value\n"
+
+
 @pytest.mark.parametrize("command", ["study", "finetune"])
 def test_a_missing_package_is_named_before_work_starts(command, monkeypatch, capsys):
     found = importlib.util.find_spec
