@@ -26,7 +26,8 @@ CASES = (
     *("llama_bias:head", "mistral_window:lora", "qwen2:full", "qwen2:head", "qwen2:bitfit"),
 )
 # Losses are sums in another order: as far apart as their dtype makes them.
-TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}  # seen: 2.2e-5 (OPT, LoRA)
+TOLERANCE = {"float32": 2e-5, "bfloat16": 2e-2}
+OWN_TOLERANCE = {"opt:lora": 1e-4, "opt:bitfit": 1e-4}  # ReLU has a kink; 2.2e-5 was seen
 
 
 def start(out, *arguments, flags=EIGHT):
@@ -47,7 +48,7 @@ def finish(process):
 
 def check(case, runs):
     """One case: every mesh gives the numbers of one device and holds less of the state."""
-    tolerance = TOLERANCE[[*case.split(":"), "float32"][2]]
+    tolerance = OWN_TOLERANCE.get(case, TOLERANCE[[*case.split(":"), "float32"][2]])
     one = runs["one"]
     assert np.ptp(one["losses"]) > 0.01  # it is trained
     for name, run in runs.items():
@@ -70,7 +71,8 @@ def check(case, runs):
             assert share["tensor"] < 0.7, (kind, share)
             assert share["mixed"] < 0.55, (kind, share)
         elif case.split(":")[1] in ("lora", "dora"):
-            assert max(share["fsdp"], share["tensor"], share["mixed"]) < 0.8, share
+            most = 0.8 if case.startswith("gpt2") else 0.75  # one wide q, k and v: wide B, thin A
+            assert max(share["fsdp"], share["tensor"], share["mixed"]) < most, share
 
 
 def test_every_mesh_gives_what_one_device_gives(tmp_path):
