@@ -205,27 +205,26 @@ def execute(job: Job, note: Callable[[str], None], curves: Path | None = None) -
     Raises ResultsError while another process does the same run.
     """
     place = job.out.absolute().with_name(f"{job.out.name}.checkpoints")
-    try:
-        with claim(place / "claim") as mine:
-            if not mine:
-                raise results.ResultsError(f"another process is doing this run: {job.out}")
-            results.clear_partial(job.out.absolute())
-            checkpoints = Checkpoints(
-                place / job.fingerprint,
-                job.fingerprint,
-                seconds=job.spec.train.checkpoint_seconds,
-                note=note,
-            )
-            try:
-                record = train_and_write(job, checkpoints, note, curves)
-            except train.DivergedError:  # and would again
-                checkpoints.remove()
-                raise
+    with claim(place / "claim") as mine:
+        if not mine:
+            raise results.ResultsError(f"another process is doing this run: {job.out}")
+        results.clear_partial(job.out.absolute())
+        checkpoints = Checkpoints(
+            place / job.fingerprint,
+            job.fingerprint,
+            seconds=job.spec.train.checkpoint_seconds,
+            note=note,
+        )
+        try:
+            record = train_and_write(job, checkpoints, note, curves)
             checkpoints.remove()
             return record
-    finally:
-        if not any(place.glob("*/*")):
-            shutil.rmtree(place, ignore_errors=True)
+        except train.DivergedError:  # and would again
+            checkpoints.remove()
+            raise
+        finally:
+            if not any(place.glob("*/*")):
+                shutil.rmtree(place, ignore_errors=True)
 
 
 def train_and_write(

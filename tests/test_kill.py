@@ -101,7 +101,7 @@ def test_four_workers_and_random_kills_do_every_run_once(tmp_path, environment):
             num_killed += 1
             workers[victim] = study(tmp_path / "tiny.py", out, environment)
     logs = [path.read_text() for path in out.parent.glob("worker-*.log")]
-    assert [worker.returncode for worker in workers] == [0] * 4, logs
+    assert [worker.returncode for worker in workers] == [0] * 4, "\n".join(logs)
     assert num_killed >= 3
     expected, found = outputs(tmp_path / "one" / "out"), outputs(out)
     assert found.keys() == expected.keys() and len(found) == 5

@@ -168,6 +168,19 @@ def test_a_run_that_another_worker_has_is_waited_for(tmp_path, quick):
     assert len(made) == 11 and set(made.values()) == {1}
 
 
+def test_only_who_has_a_run_deletes_its_checkpoints(tmp_path):
+    made = collections.Counter()
+    slot = worker(tmp_path, made)[1][0]
+    worker(tmp_path, made)[0].record(slot, work=True)
+    left = tmp_path / "checkpoints" / "base-base--None"
+    left.mkdir(parents=True)
+    with claim(tmp_path / "claims" / left.name):  # by a worker that is deleting them
+        assert worker(tmp_path, made)[0].record(slot, work=True) is not None
+        assert left.exists()
+    worker(tmp_path, made)[0].record(slot, work=True)  # it was killed before
+    assert not left.exists() and made.total() == 1
+
+
 def test_rates_that_all_diverge(tmp_path):
     one, slots = worker(tmp_path, collections.Counter(), fails=(1e-2, 1e-3))
     with pytest.raises(DivergedError):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -226,15 +227,21 @@ def pretrain(study: Study, task, text: Text, out: Path, note: Callable, mesh) ->
     with turn(out / "claims" / f"base-{name}", lambda: note(waiting)):
         if (final / "config.json").is_file():
             note(f"base model: found {final}")
+            shutil.rmtree(base_checkpoints(final), ignore_errors=True)  # of one killed at its end
         else:
             results.clear_partial(final)
             make_base(study, task, text, final, note, mesh)
     return final
 
 
+def base_checkpoints(final: Path) -> Path:
+    """Where the checkpoints of a base model's pretraining are."""
+    return final.parents[1] / "checkpoints" / f"base-{final.name}"
+
+
 def make_base(study: Study, task, text: Text, final: Path, note: Callable, mesh) -> None:
     """Pretrain the base model, and write it to `final`."""
-    spec, out = study.pretrain, final.parents[1]
+    spec = study.pretrain
     model = new_model(study, text.vocab_size)
     method = METHODS["full"]()
     graphdef, trainable, frozen = method.split(jax.random.key(study.tune_seed), model)
@@ -246,7 +253,7 @@ def make_base(study: Study, task, text: Text, final: Path, note: Callable, mesh)
     )
     program = make_program(spec, method, graphdef, trainable)
     checkpoints = Checkpoints(
-        out / "checkpoints" / f"base-{final.name}",
+        base_checkpoints(final),
         final.name,
         seconds=spec.checkpoint_seconds,
         note=note,

@@ -118,14 +118,15 @@ class Schedule:
             run = Run(slot.kind, spec, rate, slot.seed)
             self.runs[slot] = run, self.name(self.prepared, run)
         run, name = self.runs[slot]
-        record = results.finished(out, name)
-        if record is None and work:
-            with claim(out / "claims" / name) as mine:
-                record = results.finished(out, name)  # by another, just before
-                if record is None and mine:
-                    results.clear_partial(out / "runs" / name)
-                    return self.make(run)
-        if record is not None and work:
-            shutil.rmtree(out / "checkpoints" / name, ignore_errors=True)
+        if not work:
+            return results.finished(out, name)
+        with claim(out / "claims" / name) as mine:
+            record = results.finished(out, name)  # perhaps by another, just before
+            if record is None and mine:
+                results.clear_partial(out / "runs" / name)
+                return self.make(run)
+            if mine:  # else who made them is deleting them
+                shutil.rmtree(out / "checkpoints" / name, ignore_errors=True)
+        if record is not None:
             self.skipped(run)
         return record
