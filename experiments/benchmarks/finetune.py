@@ -97,7 +97,10 @@ def in_turns(settings: dict[str, tuple[list[str], dict]], turns: int) -> list[di
 def settings_of(options, folder: Path) -> dict[str, tuple[list[str], dict]]:
     """Name -> (command, environment) of every training setting on this processor."""
     ours = ([sys.executable, str(OURS)], {**os.environ, "GLIBC_TUNABLES": peer_env.HUGE_PAGES})
-    out = {"jax_lowrank": ours, "jax_lowrank, remat": ([*ours[0], "--remat"], ours[1])}
+    out = {
+        "jax_lowrank": ours,
+        "jax_lowrank, accumulate=4": ([*ours[0], "--accumulate", "4"], ours[1]),
+    }
     peer = [options.torch_python, str(PEER)]
     libraries = {"stock": None}
     if "AMD" in peer_env.cpu_vendor():
@@ -181,8 +184,8 @@ HEADER = [
 
 
 def lines_of(rows: list[dict], peak: float | None = None) -> list[str]:
-    """Table lines of one cell, one a setting that jax_lowrank is compared with (its own with
-    recomputed activations among them); with `peak` in GFLOP/s, tokens/s with their share of it."""
+    """Table lines of one cell, one a setting that jax_lowrank is compared with (itself with
+    the batch in four parts among them); with `peak` in GFLOP/s, tokens/s with their share of it."""
     first = rows[0]
     task = f"{first['shape']}, {first['method']}"
     if first["task"] == "generate":

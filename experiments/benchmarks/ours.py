@@ -84,14 +84,14 @@ def prepared(options):
     per_call, rng = STEPS_PER_TURN, np.random.default_rng(0)
     weights = np.ones((per_call, BATCH, LENGTH), np.float32)
     weights[:, :, 0] = 0
-    apply = bind(graphdef, remat="full" if options.remat else "dots")
+    apply = bind(graphdef)
 
     def call(state):
         trainable, opt_state, losses, _ = train.run_steps(
             apply=apply,
             loss=masked_lm_loss if options.shape == "bert" else train.causal_lm_loss,
             optimizer=optimizer,
-            accumulate=1,
+            accumulate=options.accumulate,
             trainable=state[0],
             opt_state=state[1],
             frozen=frozen,
@@ -231,7 +231,7 @@ def main() -> None:
     parser.add_argument("--method", choices=METHOD_OPTIONS, default="lora")
     parser.add_argument("--turns", type=int, default=6)
     parser.add_argument("--paced", action="store_true")
-    parser.add_argument("--remat", action="store_true")
+    parser.add_argument("--accumulate", type=int, default=1, help="parts of a batch, in turn")
     parser.add_argument("--batch", type=int, default=32)
     options = parser.parse_args()
     result = {"framework": "jax_lowrank", **vars(options), **TASKS[options.task](options)}
