@@ -82,7 +82,7 @@ def classification_loss(apply: Callable, trainable: State, frozen: State, batch,
 
 
 def make_optimizer(
-    trainable: State, method: Method, *, weight_decay: float, clip: float
+    trainable: State, method: Method, *, weight_decay: float | jax.Array, clip: float | jax.Array
 ) -> optax.GradientTransformation:
     """Clip, then Adam (β 0.9, 0.999, ε 1e-8) as the method wants it, then decoupled decay.
 
@@ -90,13 +90,18 @@ def make_optimizer(
     multiply the whole update, decay included, as parameter groups of PyTorch do.
     """
     return optax.chain(
-        optax.clip_by_global_norm(clip) if clip else optax.identity(),
+        optax.clip_by_global_norm(clip) if _acts(clip) else optax.identity(),
         method.transform(optax.scale_by_adam()),
         optax.add_decayed_weights(weight_decay, decay_mask(trainable))
-        if weight_decay
+        if _acts(weight_decay)
         else optax.identity(),
         scale_by(method.rates(trainable)) if method.rates else optax.identity(),
     )
+
+
+def _acts(setting: float | jax.Array) -> bool:
+    """Whether a setting has an effect; one that is data (see sweep.py) may have."""
+    return isinstance(setting, jax.Array) or bool(setting)
 
 
 def scale_by(factors: State) -> optax.GradientTransformation:
@@ -307,12 +312,12 @@ class Training:
         """Start one compiled call; while it runs, read the numbers of the call before."""
         count = len(stacked.tokens)
         rates = schedule(np.arange(step, step + count))
-        placed = sharding.put_own_rows(_fill(stacked, length), self.trainable, axis=1)
+        placed = sharding.put_own_rows(fill(stacked, length), self.trainable, axis=1)
         trainable, opt_state, losses, norms = compiled(
             trainable=self.trainable,
             opt_state=self.opt_state,
             batches=placed,
-            rates=_fill(rates, length),
+            rates=fill(rates, length),
             count=count,
             key=self.key,
             first=step,
@@ -360,7 +365,7 @@ class Training:
         self.log(line)
 
 
-def _fill(tree, length: int):
+def fill(tree, length: int):
     """Pad the leading axis to `length`, so that every call has one shape."""
     return jax.tree.map(
         lambda x: np.concatenate([x, np.zeros((length - len(x), *x.shape[1:]), x.dtype)]), tree

@@ -39,7 +39,7 @@ ALLOWED = {
     "tasks": ("tasks", "data"),
     "train": ("adapt.method", "sharding", "checkpoint", "data"),
     "infer": ("adapt.method", "sharding", "checkpoint", "data"),
-    "sweep": ("train", "adapt"),
+    "sweep": ("sweep", "train", "adapt", "checkpoint"),
     "config_run": ("config",),
     "study": ("",),
     "cli_help": (),

@@ -17,6 +17,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from jax_lowrank.models.attention import saved
@@ -56,7 +57,8 @@ class Adapter(nnx.Module):
     output unit the norm `magnitude`: ΔW' = m / |W + ΔW| * (W + ΔW) - W.
 
     a (*n, in, r), b (*n, r, out), magnitude (*n, out); n the number of adapted `layers` of a stack,
-    which are () where there is no stack. a0 and b0 are shaped like a and b and stay frozen.
+    which are () where there is no stack. a0 and b0 are shaped like a and b and stay frozen. `scale`
+    is a number, or, where adapters of several scales share a program (see `pad`), data (*n,).
     """
 
     def __init__(
@@ -86,12 +88,16 @@ class Adapter(nnx.Module):
             if self.magnitude is not None:
                 y = x @ kernel  # as PEFT: what the norm changes sees the dropout too
         a, b = self.factors()
-        b = self.scale * b  # the small factor, not the (M, out) product
+        b = self.factor() * b  # the small factor, not the (M, out) product
         if self.magnitude is None:
             return low_rank(x, a.astype(x.dtype), b.astype(x.dtype))
         ratio = self.ratio(kernel)
         added = low_rank(x, a.astype(x.dtype), (ratio[None] * b).astype(x.dtype))
         return (ratio - 1).astype(x.dtype)[None] * y + added
+
+    def factor(self) -> float | Array:
+        """s, in a shape that multiplies a or b."""
+        return self.scale[...][..., None, None] if isinstance(self.scale, nnx.Param) else self.scale
 
     def factors(self) -> tuple[Array, Array]:
         """P (*n, in, R), Q (*n, R, out) with ΔW = s·P·Q; R is r, or 2r with a start to take off.
@@ -107,7 +113,7 @@ class Adapter(nnx.Module):
     def added(self, kernel: Array) -> Array:
         """W + ΔW (*n, in, out) in float32, before any norm."""
         a, b = self.factors()
-        return kernel.astype(jnp.float32) + a @ (self.scale * b)
+        return kernel.astype(jnp.float32) + a @ (self.factor() * b)
 
     def ratio(self, kernel: Array) -> Array:
         """DoRA's magnitude / |W + ΔW| (*n, out) float32; the norm gets no gradient, as in PEFT."""
@@ -138,6 +144,33 @@ class Adapter(nnx.Module):
         if self.magnitude is not None:
             norm = column_norm(kernel.astype(jnp.float32))
             self.magnitude = nnx.Param(norm.at[layers].set(self.magnitude[...]))
+
+    def pad(self, rank: int, kernel: Array) -> None:
+        """Fill up to a rank with zeros and, without a magnitude, to all layers; the scale is data.
+
+        Adapters of several ranks, layers and scales then have one form. What is filled up has
+        gradient 0 and stays 0: a column of A meets a row of B that is 0, and the other way round. A
+        magnitude of a layer that is not adapted would learn, so with one the layers stay. Arrays
+        come out on the host.
+        """
+        rows = ()
+        if self.layers and self.magnitude is None:
+            rows, self.layers = (np.array(self.layers),), tuple(range(len(kernel)))
+
+        def filled(param, axis):
+            shape = list(param.shape)
+            shape[axis] = rank
+            shape[: len(rows)] = [len(self.layers)] * len(rows)
+            rest = np.zeros(shape, param.dtype)
+            part = (*rows, *[slice(size) for size in param.shape[len(rows) :]])
+            rest[part] = param[...]
+            return nnx.Param(rest)
+
+        self.a, self.b = filled(self.a, -1), filled(self.b, -2)
+        if self.a0 is not None:
+            self.a0, self.b0 = filled(self.a0, -1), filled(self.b0, -2)
+        scale = np.full(self.a.shape[:-2], self.scale, np.float32)
+        self.scale = nnx.data(nnx.Param(scale))
 
 
 def column_norm(kernel: Array) -> Array:

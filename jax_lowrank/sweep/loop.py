@@ -1,0 +1,185 @@
+"""The loop around the step of a sweep, as `train.fit` is for a single run."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from jax_lowrank import train
+from jax_lowrank.adapt import padded
+from jax_lowrank.adapt.method import State
+from jax_lowrank.sweep import step as compiled
+from jax_lowrank.sweep.cells import Cell, OwnBatches, Program, stack
+from jax_lowrank.train import DivergedError, Fitted
+
+
+def fit(
+    *,
+    program: Program,
+    cells: Sequence[Cell],
+    batches,
+    validate: Callable[[State], Sequence[float]],
+    log: Callable[[int, dict], None],
+    steps_per_call: int = 32,
+    size: int | None = None,
+) -> list[Fitted | DivergedError]:
+    """`train.fit` of every cell, in the order of `cells`: what it returns, or what it would raise.
+
+    batches: one for all cells, or OwnBatches. validate: losses (K,) of a stacked trainable state.
+    log: gets a cell's number and its line. size: how many cells are computed at once; None: see
+    `pack_size`. Seconds and speeds of a cell count its share of the sweep's time.
+
+    Raises what `stack` raises.
+    """
+    if size is None:
+        size = compiled.pack_size(len(cells), compiled.tokens_of(batches), compiled.pack_limit())
+    run = Sweep(program, cells, stack(program, cells, size), batches, validate, log, size)
+    epoch = batches.steps_per_epoch
+    run.validated()
+    while living := run.living(run.step):
+        stop = min((run.step // epoch + 1) * epoch, *(run.ends[k] for k in living))
+        for step, chunk in train.chunks(batches, run.step, stop, steps_per_call):
+            run.advance(step, chunk, steps_per_call)
+        run.report()
+        run.validated()
+    return run.outcomes()
+
+
+class Best(NamedTuple):
+    """The best validation of a cell so far."""
+
+    step: int
+    loss: float
+
+
+class Sweep:
+    """Where a sweep is, and the call whose numbers are awaited."""
+
+    def __init__(self, program, cells, stacked, batches, validate, log, size):
+        self.program, self.cells, self.batches = program, cells, batches
+        self.validate, self.log, self.size = validate, log, size
+        self.layers, self.likes = stacked.layers, stacked.likes
+        self.trainable, self.own, self.shared = stacked.trainable, stacked.own, stacked.shared
+        self.settings = stacked.settings
+        self.opt = compiled.init(program, self.trainable, self.settings)
+        self.ends = [cell.schedule.num_steps for cell in cells]
+        self.paired = not isinstance(batches, OwnBatches)
+        self.step, self.tokens, self.pending = 0, [0] * len(cells), None
+        self.errors: dict[int, DivergedError] = {}
+        self.found = [Best(0, math.inf)] * len(cells)
+        self.best = jax.tree.map(np.array, self.trainable)
+        self.began = time.perf_counter()
+
+    def living(self, step: int) -> list[int]:
+        """The cells that train at a step, as far as is known."""
+        return [k for k, end in enumerate(self.ends) if end > step and k not in self.errors]
+
+    def advance(self, step: int, chunk, length: int) -> None:
+        """Start one compiled call; while it runs, read the numbers of the call before."""
+        count = len(chunk.tokens)
+        steps = np.arange(step, step + count)
+        total = len(self.settings.clip)
+        rates = np.zeros((total, length), np.float32)  # 0 after a cell's end, which moves nothing
+        for k, cell in enumerate(self.cells):
+            rates[k, :count] = np.where(steps < self.ends[k], cell.schedule(steps), 0)
+        chunk = train.fill(chunk, length)
+        if not self.paired:
+            surplus = total - len(self.cells)
+            chunk = jax.tree.map(lambda x: _cells_first(x, surplus), chunk)
+        self.trainable, self.opt, losses, norms = compiled.run_cells(
+            program=self.program,
+            size=self.size,
+            paired=self.paired,
+            trainable=self.trainable,
+            opt=self.opt,
+            own=self.own,
+            shared=self.shared,
+            settings=self.settings,
+            batches=chunk,
+            rates=rates,
+            count=count,
+            first=step,
+        )
+        self.step = step + count
+        living = self.living(step)
+        for k in living:
+            self.tokens[k] += count * math.prod(chunk.tokens.shape[-2:])
+        self.report()
+        self.pending = (step, count, living, losses, norms, rates[:, count - 1])
+
+    def report(self) -> None:
+        """Wait for the pending call; log its lines and note what diverged."""
+        if self.pending is None:
+            return
+        (step, count, living, losses, norms, rates), self.pending = self.pending, None
+        losses, norms = np.asarray(losses)[:, :count], np.asarray(norms)
+        share = (time.perf_counter() - self.began) / len(self.cells)
+        for k in living:
+            if k in self.errors:
+                continue
+            bad = np.flatnonzero(~np.isfinite(losses[k]))
+            if bad.size:
+                self.errors[k] = DivergedError(step + int(bad[0]) + 1, float(losses[k, bad[0]]))
+                continue
+            self.log(
+                k,
+                {
+                    "step": step + count,
+                    "num_steps": self.ends[k],
+                    "loss": float(losses[k].mean()),
+                    "gradient_norm": float(norms[k, count - 1]),
+                    "learning_rate": float(rates[k]),
+                    "tokens_per_second": round(self.tokens[k] / share, 1),
+                },
+            )
+
+    def validated(self) -> None:
+        """Log the validation of the cells that are due, and keep the states that are the best."""
+        epoch = self.batches.steps_per_epoch
+        due = [
+            k
+            for k, end in enumerate(self.ends)
+            if k not in self.errors
+            and (self.step == end or (self.step < end and self.step % epoch == 0))
+        ]
+        state = self.trainable
+        if len(self.cells) < len(self.settings.clip):
+            state = jax.tree.map(lambda x: x[: len(self.cells)], state)
+        losses, better = self.validate(state), []
+        for k in due:
+            loss = float(losses[k])
+            if self.step and not math.isfinite(loss):
+                self.errors[k] = DivergedError(self.step, loss)
+                continue
+            self.log(k, {"step": self.step, "validation_loss": loss})
+            if loss < self.found[k].loss:
+                self.found[k] = Best(self.step, loss)
+                better.append(k)
+        if better and self.step:
+            for kept, new in zip(jax.tree.leaves(self.best), jax.tree.leaves(self.trainable)):
+                kept[better] = np.asarray(new)[better]
+
+    def outcomes(self) -> list[Fitted | DivergedError]:
+        """What became of every cell."""
+        seconds = time.perf_counter() - self.began
+        out = []
+        for k, end in enumerate(self.ends):
+            if k in self.errors:
+                out.append(self.errors[k])
+                continue
+            state = jax.tree.map(lambda x: x[k], self.best)  # noqa: B023
+            state = padded.cut(state, self.layers[k], self.likes[k])
+            share = seconds * end / sum(self.ends)
+            out.append(Fitted(state, *self.found[k], end, share, self.tokens[k] / share, ()))
+        return out
+
+
+def _cells_first(x: np.ndarray, surplus: int) -> np.ndarray:
+    """(steps, K, ...) -> (K + surplus, steps, ...), the last cell again for the surplus ones."""
+    x = np.moveaxis(x, 1, 0)
+    return np.concatenate([x, *[x[-1:]] * surplus])

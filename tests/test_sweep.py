@@ -1,0 +1,250 @@
+"""Cells of a sweep against their single runs, and what they must not do to each other."""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny import FIXTURES, apply_of, model_of, same_bytes
+
+from jax_lowrank import models, sweep, train
+from jax_lowrank.adapt import METHODS
+from jax_lowrank.data import LabelledBatches, make_batches
+from jax_lowrank.models.head import Head
+from jax_lowrank.sweep import step
+
+STEPS = 50
+# f32: products of other shapes (packs, filled-up ranks) sum in another order, which is 1e-7 a step;
+# 50 steps of Adam let it grow to 2e-6 here (loss curves) and 2e-6 (states, in norms). In packs of
+# one, cells of the largest rank are the very same bits.
+RTOL = 1e-5
+
+
+class Want(NamedTuple):
+    """A cell: LoRA's options, and how it is trained."""
+
+    options: dict
+    rate: float = 1e-2
+    seed: int = 0
+    steps: int = STEPS
+    decay: float = 0.0
+    clip: float = 1.0
+    shape: str = "cosine"
+
+
+MIXED = (
+    Want({"rank": 2, "alpha": 4.0}),
+    Want({"rank": 4, "alpha": 8.0, "rslora": True}, 3e-3, 1, decay=0.1, shape="linear"),
+    Want({"rank": 1, "alpha": 1.0, "layer_fraction": 0.5}, 2e-2, 2, 35, 0.2, 0.05),
+)
+
+
+@functools.cache
+def classifier():
+    """The tiny GPT-2 with a fresh head of three classes."""
+    base = model_of("gpt2")
+    head = Head("classification", ("a", "b", "c"))
+    return models.create("gpt2", base.config, jax.random.key(7), head=head)
+
+
+@functools.cache
+def corpus(seed=0, labelled=False):
+    """Batches of one width, 10 steps an epoch."""
+    rng = np.random.default_rng(3)
+    sequences = [rng.integers(0, 97, n).tolist() for n in rng.integers(5, 9, 40)]
+    batches = make_batches(sequences, batch_size=4, seed=seed, pad_id=0, least=1)
+    assert batches.steps_per_epoch == 10 and len(batches.widths) == 1
+    return (
+        LabelledBatches(batches, rng.integers(0, 3, 40).astype(np.int32)) if labelled else batches
+    )
+
+
+def cell_of(want, model, **more):
+    """The cell, split with its seed."""
+    method = METHODS["lora"](**{"dropout": 0.1, **want.options, **more})
+    parts = method.split(jax.random.key(want.seed), model)
+    schedule = train.make_schedule(want.rate, want.steps, 0.1, want.shape)
+    key = jax.random.key(100 + want.seed)
+    return sweep.Cell(method, *parts, schedule, key, want.decay, want.clip)
+
+
+def falling():
+    """A validation that every state passes better than the one before: the last one is kept."""
+    remaining = iter(range(1000, 0, -1))
+    return lambda state: next(remaining)
+
+
+def alone(cell, loss, batches):
+    """The cell's single run, and its lines."""
+    lines = []
+    optimizer = train.make_optimizer(
+        cell.trainable, cell.method, weight_decay=cell.weight_decay, clip=cell.clip
+    )
+    done = train.fit(
+        apply=apply_of(cell.graphdef),
+        loss=loss,
+        optimizer=optimizer,
+        trainable=jax.tree.map(lambda x: jnp.array(x, copy=True), cell.trainable),
+        frozen=cell.frozen,
+        batches=batches,
+        schedule=cell.schedule,
+        validate=falling(),
+        log=lines.append,
+        steps_per_call=1,
+        key=cell.key,
+    )
+    return done, lines
+
+
+@functools.cache
+def program(loss):
+    """One program for all sweeps of a loss."""
+    model = model_of("gpt2") if loss is train.causal_lm_loss else classifier()
+    return sweep.make_program(cell_of(MIXED[0], model), loss)
+
+
+def together(cells, loss, batches, size, validate=None):
+    """The sweep of the cells: outcomes, and each cell's lines."""
+    lines, fall = [[] for _ in cells], falling()
+    out = sweep.fit(
+        program=program(loss),
+        cells=cells,
+        batches=batches,
+        validate=validate or (lambda state: [fall(state)] * len(cells)),
+        log=lambda k, line: lines[k].append(line),
+        steps_per_call=1,
+        size=size,
+    )
+    return out, lines
+
+
+def curve(lines, name="loss"):
+    return np.array([line[name] for line in lines if name in line])
+
+
+def distance(state, other):
+    """Largest |a - b| / |b| over the arrays, in norms."""
+    pairs = zip(jax.tree.leaves(state), jax.tree.leaves(other), strict=True)
+    return max(float(np.linalg.norm(a - b) / np.linalg.norm(b)) for a, b in pairs)
+
+
+def differences(single, got, lines):
+    """How far a cell is from its single run: loss curve, gradient norms, last state (relative)."""
+    wanted, single = single
+    assert [line.keys() for line in lines] == [line.keys() for line in single]
+    for name in ("step", "num_steps", "learning_rate"):
+        np.testing.assert_array_equal(curve(lines, name), curve(single, name))
+    assert (got.best_step, got.num_steps) == (wanted.best_step, wanted.num_steps)
+    assert models.by_path(got.trainable).keys() == models.by_path(wanted.trainable).keys()
+    apart = np.abs(curve(lines) / curve(single) - 1).max()
+    norms = np.abs(curve(lines, "gradient_norm") / curve(single, "gradient_norm") - 1).max()
+    return apart, norms, distance(got.trainable, wanted.trainable)
+
+
+@functools.cache
+def mixed():
+    """The cells of MIXED, their single runs on the corpus, and these together in packs of two."""
+    cells = [cell_of(want, model_of("gpt2")) for want in MIXED]
+    singles = [alone(cell, train.causal_lm_loss, corpus()) for cell in cells]
+    return cells, singles, together(cells, train.causal_lm_loss, corpus(), 2)
+
+
+def test_cells_of_a_causal_lm_equal_their_single_runs():
+    _, singles, (out, lines) = mixed()
+    apart = [differences(*each) for each in zip(singles, out, lines, strict=True)]
+    assert np.max(apart) < RTOL, apart
+
+
+def test_what_fills_up_stays_zero_under_decay_clipping_and_dropout():
+    cells, _, _ = mixed()
+    seen = []
+
+    def validate(state):
+        seen.append(models.by_path(jax.device_get(state)))
+        return [0.0] * 3
+
+    short = [c._replace(schedule=c.schedule._replace(num_steps=12)) for c in cells]
+    together(short, train.causal_lm_loss, corpus(), 2, validate)
+    first, last = seen[0], seen[-1]
+    for path, after in last.items():
+        before = first[path]
+        rank = (lambda x: x) if path.endswith(".a") else (lambda x: x.swapaxes(-1, -2))
+        for k, r in enumerate((2, 4, 1)):
+            assert not rank(after[k])[..., r:].any(), path
+            assert rank(before[k])[0, :, :r].any() == path.endswith(".a")
+            assert np.all(rank(after[k])[0, :, :r] != rank(before[k])[0, :, :r]), path
+        assert not after[2, 1].any(), f"{path}: a layer that is not adapted"
+
+
+def test_a_cell_that_diverges_leaves_the_others_alone():
+    cells, _, (out, lines) = mixed()
+    wild = cells[0]._replace(schedule=cells[0].schedule._replace(peak=np.inf))
+    found, told = together([wild, *cells[1:]], train.causal_lm_loss, corpus(), 2)
+    error = found[0]
+    assert isinstance(error, train.DivergedError) and not np.isfinite(error.loss)
+    assert error.step == 2 and told[0][-1]["step"] == 1
+    for k in (1, 2):
+        assert same_bytes(found[k].trainable, out[k].trainable)
+        np.testing.assert_array_equal(curve(told[k]), curve(lines[k]))
+
+
+def test_every_cell_keeps_its_own_best_state():
+    cells, _, _ = mixed()
+    losses = iter([[5, 5, 5], [4, 6, np.nan], [6, 4, 3], [7, 7, 7], [8, 3, 7], [9, 9, 9]])
+    seen = []
+
+    def validate(state):
+        seen.append(jax.device_get(state))
+        return next(losses)
+
+    out, _ = together(cells, train.causal_lm_loss, corpus(), 2, validate)
+    assert [(o.best_step, o.validation_loss) for o in out[:2]] == [(10, 4.0), (40, 3.0)]
+    assert isinstance(out[2], train.DivergedError) and out[2].step == 10
+    wanted = models.by_path(seen[1])["blocks.attn.qkv.adapter.a"][0, :, :, :2]
+    np.testing.assert_array_equal(
+        models.by_path(out[0].trainable)["blocks.attn.qkv.adapter.a"], wanted
+    )
+
+
+def test_cells_that_cannot_share_a_program_are_refused():
+    cells, _, _ = mixed()
+    other = cell_of(MIXED[0], model_of("gpt2"), targets="attention")
+    with pytest.raises(sweep.SweepError, match="cell 1 does not fit"):
+        together([cells[0], other], train.causal_lm_loss, corpus(), 1)
+    base = models.load(FIXTURES / "gpt2")
+    with pytest.raises(sweep.SweepError, match="cell 1 has another base"):
+        together([cells[0], cell_of(MIXED[0], base)], train.causal_lm_loss, corpus(), 1)
+    with pytest.raises(sweep.SweepError, match="epochs of 10 and of 20 steps"):
+        longer = make_batches([[1, 2]] * 80, batch_size=4, seed=0, pad_id=0)
+        sweep.OwnBatches([corpus(), longer])
+
+
+def test_the_size_of_a_pack():
+    sizes = [
+        step.pack_size(k, tokens, 256)
+        for k, tokens in ((1, 32), (8, 32), (16, 32), (9, 32), (16, 64), (16, 256), (4, 2048))
+    ]
+    assert sizes == [1, 8, 8, 5, 4, 1, 1]
+
+
+@pytest.mark.slow
+def test_in_packs_of_one_the_bits_are_those_of_a_single_run():
+    cells, singles, _ = mixed()
+    out, lines = together(cells, train.causal_lm_loss, corpus(), 1)
+    apart = [differences(*each) for each in zip(singles, out, lines, strict=True)]
+    assert np.max(apart) < RTOL, apart
+    assert same_bytes(out[1].trainable, singles[1][0].trainable)  # of the largest rank
+
+
+@pytest.mark.slow
+def test_cells_with_a_head_and_rows_of_their_own_equal_their_single_runs():
+    wants = [MIXED[1], Want({"rank": 3, "alpha": 6.0, "plus_ratio": 4.0}, 3e-3, 3)]
+    cells = [cell_of(want, classifier()) for want in wants]
+    each = [corpus(seed, labelled=True) for seed in range(2)]
+    loss = train.classification_loss
+    out, lines = together(cells, loss, sweep.OwnBatches(each), 2)
+    singles = [alone(cell, loss, batches) for cell, batches in zip(cells, each)]
+    apart = [differences(*each) for each in zip(singles, out, lines, strict=True)]
+    assert np.max(apart) < RTOL, apart
