@@ -247,6 +247,14 @@ class EvalSpec:
     num_resamples: int = 4000
     seed: int = 0
     """Of sampling and resampling; the same draws for every run."""
+    positive: str = ""
+    """Classification: the class that rates speak of. Empty: the last one."""
+    minimum: int = 10
+    """Rows (positives, negatives) that a rate of a group needs; fewer are listed as too few."""
+    num_bins: int = 15
+    """Of the calibration error."""
+    margin: float = 0.05
+    """Differences within it, either way, would not matter (equivalence tests)."""
 
     def __post_init__(self) -> None:
         for name in ("samples_per_prompt", "max_new_tokens", "batch_size", "posterior_prompts"):
@@ -255,6 +263,9 @@ class EvalSpec:
         require(self.top_k >= 0, f"evaluate.top_k {self.top_k} is negative; 0 means all tokens")
         require(0 < self.top_p <= 1, f"evaluate.top_p {self.top_p} is outside (0, 1]")
         require(0 < self.level < 1, f"evaluate.level {self.level} is outside (0, 1)")
+        for name in ("minimum", "num_bins"):
+            require(getattr(self, name) >= 1, f"evaluate.{name} {getattr(self, name)} is below 1")
+        require(0 < self.margin < 1, f"evaluate.margin {self.margin} is outside (0, 1)")
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,8 @@ from jax_lowrank.config_run import DataSpec, FinetuneSpec
 from jax_lowrank.models.head import Head
 from jax_lowrank.progress import Progress
 from jax_lowrank.starting import Start, start
-from jax_lowrank.study.prepare import Text, load_text, note_uncut
+from jax_lowrank.study.parts import Text
+from jax_lowrank.study.prepare import load_text, note_uncut
 from jax_lowrank.study.training import fit, guards, make_program, progress_log
 from jax_lowrank.tasks import encode, text
 from jax_lowrank.trained import mean_loss, measure, observe, sentence

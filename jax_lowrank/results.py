@@ -1,7 +1,7 @@
 """Results on disk: one directory a run, named by its fingerprint, complete or absent.
 
 STUDY/study.json          the study's configuration, data, base model (`StudyResult.study`)
-STUDY/prompts.json        the evaluation rows, the same for every run
+STUDY/prompts.json        the evaluation rows, the same for every run; labelled ones without texts
 STUDY/runs/FINGERPRINT/   record.json, log.jsonl; with outputs: outputs.npz, completions.json
 """
 
@@ -24,12 +24,13 @@ class ResultsError(ValueError):
 
 
 class Rows(NamedTuple):
-    """The rows of one evaluation split."""
+    """The rows of one evaluation split; labels are classes (N,) int32, None without any."""
 
     texts: tuple[str, ...]
     ids: tuple[str, ...]
     clusters: np.ndarray  # (N,) int32, rows of one template share a number
     groups: np.ndarray  # (N, G) bool
+    labels: np.ndarray | None = None
 
 
 class RunResult(NamedTuple):
@@ -40,6 +41,7 @@ class RunResult(NamedTuple):
       SPLIT/lens_mass (P, L+1) float32, probability of the harm words by layer; may be absent
       SPLIT/posterior_rows (Q,) int32, SPLIT/log_posterior (Q, V) float32, nats
     and neutral/nll (N,) float32 in nats, neutral/tokens (N,) int32.
+      Of a classification: validation/logits, test/logits (N, C) float32; of tuning runs too.
     completions: SPLIT -> P lists of K texts.
     """
 
@@ -90,7 +92,8 @@ def _check_same(old: Mapping, new: Mapping, directory: Path) -> None:
 
 
 def _to_json(rows: Rows) -> dict:
-    return {
+    labels = {} if rows.labels is None else {"labels": rows.labels.tolist()}
+    return labels | {
         "texts": rows.texts,
         "ids": rows.ids,
         "clusters": rows.clusters.tolist(),
@@ -187,6 +190,7 @@ def read_study(directory: Path) -> StudyResult:
             tuple(raw["ids"]),
             np.array(raw["clusters"], np.int32),
             np.array(raw["groups"], bool).reshape(len(raw["ids"]), len(study["group_names"])),
+            np.array(raw["labels"], np.int32) if "labels" in raw else None,
         )
         for split, raw in json.loads(
             (directory / "prompts.json").read_text(encoding="utf-8")

@@ -17,8 +17,9 @@ from jax_lowrank.config import require
 from jax_lowrank.config_run import EvaluateSpec, GenerateSpec, LoadSpec
 from jax_lowrank.evaluation import classification, perplexity
 from jax_lowrank.models.head import Head
-from jax_lowrank.study.measure import decode
-from jax_lowrank.study.prepare import Text, load_text, param_dtype
+from jax_lowrank.study.completions import decode
+from jax_lowrank.study.parts import Text
+from jax_lowrank.study.prepare import load_text, param_dtype
 from jax_lowrank.tasks import encode, readers, text
 
 

@@ -133,6 +133,25 @@ def load(
     )
 
 
+def head_of(directory: Path) -> Head | None:
+    """The head that a Hugging Face directory's checkpoint has; None for a base model without."""
+    raw = weights.read_config(directory)
+    return stored_head(raw, family_of(raw.get("model_type", "")).module.HEADS)
+
+
+def redraw(model: Model, key: jax.Array, paths: Sequence[str]) -> Model:
+    """The model with the parameters at `paths` drawn anew, as `create` draws them."""
+    module, arrays = family_of(model.family).module, by_path(model.params)
+
+    def draw(key):
+        fresh = by_path(nnx.state(module.build(key, model.config, model.head, jnp.float32)))
+        return [fresh[path].astype(arrays[path].dtype) for path in paths]
+
+    shardings = [arrays[path].sharding for path in paths]
+    drawn = jax.jit(draw, out_shardings=shardings)(key)
+    return model._replace(params=with_arrays(model.params, arrays | dict(zip(paths, drawn))))
+
+
 def abstract(raw: Mapping, dtype=jnp.float32, head: Head | None = None) -> Model:
     """The model that a config.json describes, with shapes in the place of arrays."""
     family = family_of(raw["model_type"])

@@ -19,8 +19,9 @@ import numpy as np
 from jax_lowrank import provenance, results, sharding, train
 from jax_lowrank.adapt import METHODS
 from jax_lowrank.config import MeshSpec, MethodSpec, Study, require
-from jax_lowrank.study.prepare import Prepared, prepare
-from jax_lowrank.study.training import make_program, mean_nll, train_batches
+from jax_lowrank.study.parts import Prepared
+from jax_lowrank.study.prepare import prepare
+from jax_lowrank.study.training import make_program
 
 
 class Trial(NamedTuple):
@@ -29,7 +30,7 @@ class Trial(NamedTuple):
     method: str
     mesh: str
     seed: int
-    losses: tuple[float, ...]  # nats per token, of every step
+    losses: tuple[float, ...]  # nats per token or row, of every step
     validation_loss: float
 
 
@@ -87,23 +88,20 @@ def trial(p: Prepared, spec: MethodSpec, name: str, seed: int, steps: int) -> Tr
     graphdef, trainable, frozen = method.split(key, p.model)
     trainable, frozen = sharding.put((trainable, frozen), p.mesh)
     program = make_program(p.study.train, method, graphdef, trainable)
-    rows = p.text.encode(p.task.splits["train"].texts, p.study.train.max_length, eos=True)
-    held_out = p.text.encode(p.task.splits["validation"].texts, p.study.train.max_length, eos=True)
+    rows, held_out = (p.kind.examples(p, split) for split in ("train", "validation"))
     last, log = [], []
 
     def validate(state) -> float:
-        states = (state, frozen)
-        size, pad = p.study.evaluate.batch_size, p.text.pad_id
-        last[:] = [mean_nll(program.apply, states, held_out, batch_size=size, pad_id=pad)]
+        last[:] = [p.kind.validate(p, program.apply, (state, frozen), held_out)]
         return last[0]
 
     train.fit(
         apply=program.apply,
-        loss=train.causal_lm_loss,
+        loss=p.kind.loss,
         optimizer=program.optimizer,
         trainable=trainable,
         frozen=frozen,
-        batches=train_batches(rows, p.study.train, seed, p.text.pad_id, p.mesh),
+        batches=p.kind.batches(p, rows, seed),
         schedule=train.make_schedule(
             spec.learning_rates[0], steps, p.study.train.warmup_fraction, p.study.train.schedule
         ),

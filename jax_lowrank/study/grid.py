@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
 
-from jax_lowrank import models, provenance, results, sharding, tasks, train
+from jax_lowrank import models, provenance, results, sharding, train
 from jax_lowrank.adapt import METHODS, lora
 from jax_lowrank.adapt.method import Method, count, dtypes
 from jax_lowrank.checkpoint import Checkpoints
 from jax_lowrank.config import MethodSpec, Run, fingerprint, plain
 from jax_lowrank.progress import Progress
-from jax_lowrank.study.measure import measure, summary
-from jax_lowrank.study.prepare import PROMPT_SPLITS, Prepared
+from jax_lowrank.study.parts import Examples, Prepared
 from jax_lowrank.study.schedule import Schedule, needed, slots_of
 from jax_lowrank.study.training import (
     Program,
@@ -25,9 +23,7 @@ from jax_lowrank.study.training import (
     fit,
     guards,
     make_program,
-    mean_nll,
     progress_log,
-    train_batches,
 )
 from jax_lowrank.workers import Shard
 
@@ -42,11 +38,8 @@ def execute(
     """
     p = prepared
     describe(p)
-    encode = partial(p.text.encode, max_length=p.study.train.max_length, eos=True)
-    train_sequences = encode(p.task.splits["train"].texts)
-    held_out = encode(p.task.splits["validation"].texts)
-    batches = train_batches(train_sequences, p.study.train, 0, p.text.pad_id, p.mesh)
-    steps = train.num_steps(batches, p.study.train.epochs)
+    train_rows, held_out = (p.kind.examples(p, split) for split in ("train", "validation"))
+    steps = train.num_steps(p.kind.batches(p, train_rows, 0), p.study.train.epochs)
     slots = slots_of(p.study)
     mine = shard.part(slots)
     if shard.count > 1:
@@ -54,7 +47,7 @@ def execute(
     base_apply = bind_to(p.model.graphdef, p.mesh)
     num_trained = sum(slot.kind != "base" for slot in needed(p.study, mine))
     with Progress(steps * num_trained) as progress:
-        shared = (train_sequences, held_out, base_apply, progress, steps)
+        shared = (train_rows, held_out, base_apply, progress, steps)
         cells = {spec.label: Cell(p, spec, *shared, {}, curves) for spec in p.study.methods}
         schedule = Schedule(
             p,
@@ -75,8 +68,8 @@ class Cell(NamedTuple):
 
     prepared: Prepared
     spec: MethodSpec
-    train_sequences: list[list[int]]
-    held_out: list[list[int]]
+    train_rows: Examples
+    held_out: Examples
     base_apply: Callable
     progress: Progress
     steps: int
@@ -88,7 +81,10 @@ class Cell(NamedTuple):
         p = self.prepared
         method = METHODS[self.spec.name](**self.spec.options())
         key = jax.random.key(run.seed)
-        graphdef, trainable, frozen = method.split(key, p.model)
+        model = p.model
+        if p.drawn:
+            model = models.redraw(model, jax.random.fold_in(key, 1), p.drawn)
+        graphdef, trainable, frozen = method.split(key, model)
         trainable, frozen = sharding.put((trainable, frozen), p.mesh)
         if not self.programs:
             line = guards(self.spec.label, method, trainable, frozen, count(p.model.params))
@@ -98,9 +94,7 @@ class Cell(NamedTuple):
         program = self.programs[graphdef]
         record = new_record(p, run, method, trainable, frozen)
         record["effective_scales"] = lora.scales(graphdef, trainable, frozen)
-        batches = train_batches(
-            self.train_sequences, p.study.train, run.seed, p.text.pad_id, p.mesh
-        )
+        batches = p.kind.batches(p, self.train_rows, run.seed)
         record["padding_fraction"] = round(batches.padding_fraction(), 4)
         log, label = [], f"{run.label} lr {run.learning_rate:g} seed {run.seed} ({run.kind})"
         checkpoints = Checkpoints(
@@ -117,14 +111,12 @@ class Cell(NamedTuple):
                 frozen=frozen,
                 batches=batches,
                 peak=run.learning_rate,
-                validate=lambda trainable: mean_nll(
-                    *self.evaluated(program, trainable, frozen),
-                    self.held_out,
-                    batch_size=p.study.evaluate.batch_size,
-                    pad_id=p.text.pad_id,
+                validate=lambda trainable: p.kind.validate(
+                    p, *self.evaluated(program, trainable, frozen), self.held_out
                 ),
                 log=progress_log(self.progress, label, log, self.curves),
                 key=key,
+                loss=p.kind.loss,
                 checkpoints=checkpoints,
             )
         except train.DivergedError as error:
@@ -148,17 +140,18 @@ class Cell(NamedTuple):
     def finish(self, run, record, log, program, fitted, frozen, label) -> None:
         """Measure a run that is to be reported, and write the run."""
         p, note = self.prepared, self.progress.note
-        if run.kind == "tune":
+        if run.kind == "tune" and not p.kind.measures_tuning:
             results.write_run(p.out, record, log)
             note(f"{label}: validation loss {record['validation_loss']:.4f}")
             return
         began = time.perf_counter()
         trainable = sharding.put(fitted.trainable, p.mesh)
         apply, states = self.evaluated(program, trainable, frozen)
-        arrays, completions = measure(p, apply, states)
+        arrays, completions = p.kind.measure(p, apply, states)
         record["seconds"]["evaluate"] = round(time.perf_counter() - began, 3)
-        results.write_run(p.out, record, log, arrays, completions, models.by_path(fitted.trainable))
-        note(f"{label}: {summary(record, arrays)}")
+        weights = {} if run.kind == "tune" else models.by_path(fitted.trainable)
+        results.write_run(p.out, record, log, arrays, completions, weights)
+        note(f"{label}: {p.kind.summary(p, record, arrays)}")
 
     def evaluated(self, program: Program, trainable, frozen) -> tuple[Callable, tuple]:
         """What to measure: merged weights, which compile once for all methods, or, where merging
@@ -174,15 +167,12 @@ def run_fingerprint(p: Prepared, run: Run) -> str:
     Not in it: paths (the hashes of what they hold are), the other learning rates of the grid.
     """
     method = (run.method.name, run.method.options()) if run.method else "base"
-    hashes = (tasks.data_hash(p.task), p.weights_hash, str(dtypes(p.model.params)))
+    hashes = (p.kind.data_hash(p.task), p.weights_hash, str(dtypes(p.model.params)))
     tokenizer = p.text.tokenizer.backend_tokenizer.to_str()
     parts = (run.kind, method, run.learning_rate, run.seed, p.study.train, tokenizer)
-    e = p.study.evaluate
-    drawn = (e.samples_per_prompt, e.max_new_tokens, e.temperature, e.top_k, e.top_p, e.seed)
-    measured = (drawn, e.posterior_prompts, p.scorer.name, p.scorer.version)
-    return fingerprint(
-        parts, () if run.kind == "tune" else measured, hashes, provenance.code_hash()
-    )
+    is_measured = run.kind != "tune" or p.kind.measures_tuning
+    measured = p.kind.measured(p) if is_measured else ()
+    return fingerprint(parts, measured, hashes, provenance.code_hash())
 
 
 def new_record(p: Prepared, run: Run, method: Method | None, trainable, frozen) -> dict:
@@ -213,10 +203,10 @@ def run_base(p: Prepared, note: Callable) -> dict:
     record = new_record(p, Run("base", None, None, None), None, (), p.model.params)
     began = time.perf_counter()
     base_apply = bind_to(p.model.graphdef, p.mesh)
-    arrays, completions = measure(p, base_apply, (p.model.params,))
+    arrays, completions = p.kind.measure(p, base_apply, (p.model.params,))
     record["seconds"]["evaluate"] = round(time.perf_counter() - began, 3)
     results.write_run(p.out, record, [], arrays, completions)
-    note(f"base: {summary(record, arrays)}")
+    note(f"base: {p.kind.summary(p, record, arrays)}")
     return record
 
 
@@ -228,9 +218,9 @@ def describe(p: Prepared) -> None:
         "question": p.study.question,
         "config": plain(p.study),
         "group_names": list(task.group_names),
-        "data_hash": tasks.data_hash(task),
+        "kind": p.kind.name,
+        "data_hash": p.kind.data_hash(task),
         "task_notes": dict(task.notes),
-        "harm_words": list(p.scorer.words),
         "model": {
             "family": model.family,
             "sizes": plain(model.config),
@@ -239,16 +229,10 @@ def describe(p: Prepared) -> None:
             "source": p.source,
             "pretrain": p.pretrained,
         },
-        "scorer": {"name": p.scorer.name, "version": p.scorer.version},
-        "tuned_name": task.notes.get("tuned_name", "tuned attribute"),
-        "transfer_name": task.notes.get("transfer_name", "attribute never tuned"),
+        **p.kind.describe(p),
     }
     # Runs are added when the grid grows; other data, weights or scores make another study.
-    identity = fingerprint(*(description[part] for part in ("name", "data_hash", "scorer")))
+    parts = ("name", "data_hash", "scorer")
+    identity = fingerprint(*(description[part] for part in parts if part in description))
     identity = fingerprint(identity, p.weights_hash)
-    rows = {
-        split: results.Rows(s.texts, s.ids, s.clusters, s.groups)
-        for split, s in task.splits.items()
-        if split in (*PROMPT_SPLITS, "neutral")
-    }
-    results.open_study(p.out, {"fingerprint": identity, **description}, rows)
+    results.open_study(p.out, {"fingerprint": identity, **description}, p.kind.rows(p))

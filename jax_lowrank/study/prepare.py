@@ -8,59 +8,23 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jax_lowrank import data, models, provenance, results, sharding, tasks, train
+from jax_lowrank import models, provenance, results, sharding, tasks, train
 from jax_lowrank.adapt import METHODS
 from jax_lowrank.adapt.method import count
 from jax_lowrank.checkpoint import Checkpoints
 from jax_lowrank.config import ConfigError, Study, fingerprint, nearest, require
 from jax_lowrank.progress import Progress, clock
+from jax_lowrank.study.kinds import kind_of
+from jax_lowrank.study.parts import Prepared, Text
 from jax_lowrank.study.training import fit, make_program, mean_nll, progress_log, train_batches
-from jax_lowrank.tasks import scorers
 from jax_lowrank.workers import has_locks, turn
 
-PROMPT_SPLITS = ("tuned", "transfer")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
-
-
-class Text(NamedTuple):
-    """A tokenizer and how the study uses it."""
-
-    tokenizer: Any
-    vocab_size: int
-    pad_id: int
-    eos_id: int | None
-    bos: bool
-
-    def encode(self, texts, max_length: int, *, eos: bool) -> list[list[int]]:
-        """Token ids of texts, at most `max_length` each."""
-        return data.tokenize(
-            self.tokenizer,
-            texts,
-            max_length=max_length,
-            vocab_size=self.vocab_size,
-            add_bos=self.bos,
-            add_eos=eos and self.eos_id is not None,
-        ).sequences
-
-
-class Prepared(NamedTuple):
-    """A study that passed every check: its parts, ready to run."""
-
-    study: Study
-    out: Path
-    task: tasks.Task
-    scorer: scorers.Scorer
-    text: Text
-    model: models.Model
-    source: str
-    pretrained: dict | None  # how it was pretrained, when it was made here
-    weights_hash: str
-    mesh: Any  # jax.sharding.Mesh, or None for one device
 
 
 def prepare(
@@ -78,11 +42,8 @@ def prepare(
     mesh = sharding.make_mesh(*vars(study.mesh).values(), devices)
     check_batches(study, mesh)
     task = make_task(study)
-    scorer = (
-        scorers.load(study.task.scorer)
-        if study.task.scorer
-        else scorers.lexicon(task.harm_words, name=f"{task.name} harm words")
-    )
+    kind = kind_of(task)
+    scorer = kind.scorer(study, task)
     dtype = param_dtype(study.model.dtype)
     if study.pretrain is None:
         source = study.model.path
@@ -92,15 +53,27 @@ def prepare(
         check_methods(study, new_model(study, text.vocab_size))
         directory = pretrain(study, task, text, out, note, mesh)
         source = "pretrained here"
-    head, text = models.Head("causal-lm"), load_text(directory)
-    model = models.load(directory, dtype, head, where=sharding.where(mesh))
+    text = load_text(directory)
+    model, drawn = load_model(directory, dtype, kind.head(task), study.tune_seed, mesh)
     note_uncut(model, mesh, note)
     check_methods(study, model)
     text = text._replace(vocab_size=model.config.vocab_size)
-    check_lengths(study, task, text, model)
+    kind.check(study, task, text, model)
     pretrained = provenance.read_json(directory / "pretrain.json")
     weights_hash = provenance.hash_files(directory)
-    return Prepared(study, out, task, scorer, text, model, source, pretrained, weights_hash, mesh)
+    parts = (kind, task, scorer, text, model, drawn, source, pretrained, weights_hash, mesh)
+    return Prepared(study, out, *parts)
+
+
+def load_model(
+    directory: Path, dtype, head: models.Head, seed: int, mesh
+) -> tuple[models.Model, tuple[str, ...]]:
+    """The base model with the head that the task asks for, and the paths of what was drawn."""
+    stored = head if head.kind == "causal-lm" else models.head_of(directory)
+    lacking = stored is None or stored.kind != head.kind
+    key = jax.random.key(seed) if lacking else None
+    model = models.load(directory, dtype, head, key, sharding.where(mesh))
+    return model, model.head_paths if lacking else ()
 
 
 def check_batches(study: Study, mesh) -> None:
@@ -130,7 +103,7 @@ def check_writable(out: Path) -> None:
         raise results.ResultsError(f"cannot write to {out}: {error.strerror}") from error
 
 
-def make_task(study: Study) -> tasks.Task:
+def make_task(study: Study) -> tasks.Task | tasks.Classification:
     """The study's task, from TASKS and its options."""
     require(study.task.name in tasks.TASKS, f"task: {nearest(study.task.name, tasks.TASKS)}")
     make = tasks.TASKS[study.task.name]
@@ -194,26 +167,6 @@ def check_methods(study: Study, model: models.Model) -> None:
     for spec in study.methods:
         if spec.name != "full":  # which fits any model, and would copy it
             METHODS[spec.name](**spec.options()).split(jax.random.key(0), model)
-
-
-def check_lengths(study: Study, task: tasks.Task, text: Text, model: models.Model) -> None:
-    """Prompts plus new tokens, and training rows, fit into the model's positions."""
-    limit = model.config.max_positions
-    require(
-        study.train.max_length <= limit,
-        f"train.max_length {study.train.max_length} is above the model's {limit} positions",
-    )
-    longest = max(
-        max(map(len, text.encode(task.splits[split].texts, 10**6, eos=False)))
-        for split in PROMPT_SPLITS
-    )
-    needed = longest + study.evaluate.max_new_tokens
-    require(
-        needed <= limit,
-        f"the longest prompt has {longest} tokens; with evaluate.max_new_tokens"
-        f" {study.evaluate.max_new_tokens} that is {needed}, above the model's {limit} positions;"
-        f" use at most {limit - longest} new tokens",
-    )
 
 
 def pretrain(study: Study, task, text: Text, out: Path, note: Callable, mesh) -> Path:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from jax_lowrank import results, train
 from jax_lowrank.config import MethodSpec, Run, Study
 from jax_lowrank.progress import Progress
-from jax_lowrank.study.prepare import Prepared
+from jax_lowrank.study.parts import Prepared
 from jax_lowrank.workers import claim
 
 POLL = 1.0  # seconds between two looks at what other workers do

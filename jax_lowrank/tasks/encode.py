@@ -29,7 +29,7 @@ def encode(
 ) -> Encoded:
     """Token ids of examples of one kind (see tasks.text).
 
-    text: a tokenizer and how it is used (study.prepare.Text: tokenizer, vocab_size, bos, eos_id).
+    text: a tokenizer and how it is used (study.parts.Text: tokenizer, vocab_size, bos, eos_id).
     mask_prompt: only completions and the assistant's turns count; False: every token does. Raises
     TaskError where nothing that counts is left within max_length, naming the row, and for a
     tokenizer without a chat template.

