@@ -341,13 +341,14 @@ def export_command(args: list[str]) -> int:
 def write_report(directory: Path) -> int:
     """Write the page and the tables, and say what was found."""
     from jax_lowrank import results
-    from jax_lowrank.report import claims, page
+    from jax_lowrank.report.kinds import report_of
 
     try:
         result = results.read_study(directory)
-        path = page.write(directory, result)
+        report = report_of(result)
+        path = report.write(directory, result)
     except (results.ResultsError, OSError) as error:
         return fail(str(error))
-    print(claims.as_text(result))
+    print(report.as_text(result))
     print(f"report: {path}")
     return 0

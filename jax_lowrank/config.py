@@ -92,8 +92,11 @@ class MethodSpec:
     """Train the norm of every output unit as well."""
     plus_ratio: float = 1.0
     """LoRA+: learning rate of B as a multiple of that of A."""
+    epochs: int = 0
+    """In a study, where this method trains for another number of epochs; 0: train.epochs."""
 
     def __post_init__(self) -> None:
+        require(self.epochs >= 0, f"epochs {self.epochs} is negative; 0 means train.epochs")
         require(self.name in METHOD_NAMES, f"method: {nearest(self.name, METHOD_NAMES)}")
         require(len(self.learning_rates) > 0, f"method {self.name} has no learning rate")
         for rate in self.learning_rates:
@@ -146,7 +149,7 @@ class MethodSpec:
         """Keyword arguments of this method's row in METHODS."""
         if self.name != "lora":
             return {}
-        ours = ("name", "learning_rates")
+        ours = ("name", "learning_rates", "epochs")
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ours}
 
 

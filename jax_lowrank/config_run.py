@@ -112,6 +112,7 @@ class FinetuneSpec:
     def __post_init__(self) -> None:
         rates = self.method.learning_rates
         require(len(rates) == 1, f"a run has one learning rate, not {len(rates)}; a study compares")
+        require(self.method.epochs == 0, "method.epochs is for studies; use --epochs")
         require(
             self.train.learning_rate == TrainSpec().learning_rate,
             "train.learning_rate is that of pretraining; use --learning-rate",

@@ -292,3 +292,42 @@ def test_temperature_is_found_and_does_not_change_the_order():
     assert "say nothing" in nothing.reason and np.isfinite(nothing.nll_after)
     with pytest.raises(ValueError, match="logits"):
         probabilities.fit_temperature(np.zeros((0, 2)), [])
+
+
+def test_two_methods_errors_are_compared_by_row_and_seed():
+    """The difference and its spread are those of a bootstrap of rows, done row by row."""
+    rng = np.random.default_rng(0)
+    n = 300
+    p = np.clip(rng.random((2, n)), 0.02, 0.98)
+    y = (rng.random(n) < p.mean(0)).astype(int)
+    worse = p**2
+    groups = np.column_stack([np.ones(n, bool), rng.random(n) < 0.4])
+    found = calibration.compare(worse, p, (y, y), groups, num_bins=10, num_resamples=400)
+
+    def gap(rows):
+        parts = [
+            calibration.calibration_error(
+                calibration.bins(x[:, rows], y[rows], groups[rows], num_bins=10)
+            )
+            for x in (worse, p)
+        ]
+        return (parts[0] - parts[1]).mean(0)
+
+    np.testing.assert_allclose(found.estimate, gap(np.arange(n)))
+    drawn = np.array([gap(rng.integers(0, n, n)) for _ in range(300)])
+    one = calibration.compare(worse[:1], p[:1], (y, y), groups, num_bins=10, num_resamples=400)
+    assert (found.low < found.estimate).all() and (found.p > 0).all()
+    both = [
+        calibration.calibration_error(calibration.bins(x, y, groups, num_bins=10))
+        for x in (worse, p)
+    ]
+    between = (both[0] - both[1]).var(0, ddof=1) / 2
+    np.testing.assert_allclose(found.error**2, drawn.var(0) + between, rtol=0.25)
+    assert (one.freedom > 100).all() and (one.error > 0).all()
+
+
+def test_a_method_does_not_differ_from_itself():
+    p = np.linspace(0.1, 0.9, 40)[None]
+    y = (np.arange(40) % 2)[None]
+    found = calibration.compare(p, p, (y, y), np.ones((40, 1), bool))
+    assert found.estimate == 0 and np.isnan(found.p).all()

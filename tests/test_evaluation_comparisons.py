@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
 
 from jax_lowrank.evaluation import comparisons
 
@@ -115,6 +116,32 @@ def test_no_effect_and_no_variation():
     assert alone.estimate == 1.5 and np.isnan(alone.p) and "one cluster" in alone.reason
     none = comparisons.paired_difference([[np.nan]], [[0.0]])
     assert np.isnan(none.estimate) and none.reason == "no values"
+
+
+def test_a_group_against_the_rest_is_welchs_test():
+    rng = np.random.default_rng(3)
+    values, inside = rng.normal(size=60), np.arange(60) < 15
+    values[inside] += 0.5
+    found = comparisons.versus_rest(values, inside)
+    theirs = stats.ttest_ind(values[inside], values[~inside], equal_var=False)
+    assert found.p == pytest.approx(theirs.pvalue) and np.isnan(found.p_new_seeds)
+    limits = theirs.confidence_interval()
+    assert (found.low, found.high) == pytest.approx((limits.low, limits.high))
+
+
+def test_seeds_that_differ_widen_a_group_against_the_rest():
+    rng = np.random.default_rng(4)
+    rows, inside = rng.normal(size=200), np.arange(200) < 80
+    same = np.stack([rows, rows, rows])
+    apart = same + np.outer([-0.4, 0.0, 0.4], inside)
+    narrow, wide = (comparisons.versus_rest(each, inside) for each in (same, apart))
+    assert narrow.estimate == pytest.approx(wide.estimate)
+    assert wide.high - wide.low > 2 * (narrow.high - narrow.low)
+    assert wide.p_new_seeds == wide.p and wide.num_seeds == 3
+    few = comparisons.versus_rest(same, np.arange(200) < 1)
+    assert np.isnan(few.estimate) and "each side needs two" in few.reason
+    constant = comparisons.versus_rest(np.ones((2, 9)), np.arange(9) < 4)
+    assert constant.estimate == 0 and np.isnan(constant.p) and constant.reason
 
 
 def test_slope_equals_least_squares_of_the_mean():

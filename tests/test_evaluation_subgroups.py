@@ -266,6 +266,21 @@ def test_paired_gap_differences_keep_their_level(seeds):
     assert rejected / trials <= 0.13 and covered / trials >= 0.9
 
 
+def test_levels_are_the_mean_gaps_with_the_errors_of_a_comparison():
+    label, predicted, members = data(n=600, runs=3)
+    found = subgroups.levels(label, predicted, members, num_resamples=400)
+    every = subgroups.measure(label, predicted, members, num_resamples=10)
+    np.testing.assert_allclose(found.by_seed, every.gaps)
+    np.testing.assert_allclose(found.estimate, every.gaps.mean(0))
+    # A method that is always right has no gaps: to compare with it is to measure a level.
+    right = np.broadcast_to(label, predicted.shape)
+    paired = subgroups.compare(label, predicted, right, members, num_resamples=400)
+    k = found.names.index("equalized_odds_difference")
+    np.testing.assert_allclose(found.estimate[k], paired.estimate[k])
+    width, paired_width = (each.high[k] - each.low[k] for each in (found, paired))
+    assert width == pytest.approx(paired_width, rel=0.15)
+
+
 def test_equivalence_equals_statsmodels():
     frozen = FROZEN["equivalence"]
     d = np.array(frozen["a"]) - np.array(frozen["b"])

@@ -12,7 +12,8 @@ from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
-from scipy.special import bdtrik, gammaln, xlog1py, xlogy
+from scipy import sparse
+from scipy.special import bdtrik, gammaln, stdtr, stdtrit, xlog1py, xlogy
 
 from jax_lowrank.evaluation.intervals import checked_level, divide, membership
 
@@ -64,6 +65,17 @@ class Reliability(NamedTuple):
     observed: np.ndarray
     low: np.ndarray
     high: np.ndarray
+
+
+class Difference(NamedTuple):
+    """Error of a minus error of b, mean over S seeds, by group (G,); p is that of the limits."""
+
+    estimate: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+    p: np.ndarray
+    error: np.ndarray
+    freedom: np.ndarray
 
 
 class Decomposition(NamedTuple):
@@ -265,6 +277,42 @@ def brier_decomposition(found: Bins, brier) -> Decomposition:
     return Decomposition(off, resolved, uncertain, brier - (off - resolved + uncertain))
 
 
+def compare(
+    a, b, y, groups, *, num_bins: int = 15, level: float = 0.95, num_resamples: int = 1000, seed=0
+) -> Difference:
+    """Calibration error (norm 1, equal width) of a minus that of b: p of each (S, N), y (S, N).
+
+    y: a pair of events, of a and of b, (S, N) or (N,) each. Paired: both see the same resampled
+    rows and seeds; with S > 1 the variance between seeds is added (Satterthwaite's degrees of
+    freedom). Chance adds about as much to both errors, so that less of it is left in the
+    difference. Limits cover rows and seeds; with one seed rows only.
+    """
+    tail, groups = (1 + checked_level(level)) / 2, membership(groups)
+    runs = [(np.atleast_2d(p), np.atleast_2d(event)) for p, event in zip((a, b), y)]
+    num_seeds, num_rows = runs[0][0].shape
+    weights = np.random.default_rng(seed).multinomial(
+        num_rows, np.full(num_rows, 1 / num_rows), num_resamples
+    )
+    weights = np.concatenate([np.ones((1, num_rows)), weights])
+    totals = weights @ groups  # (1 + B, G)
+    by_method = []
+    for p, event in runs:
+        event = np.broadcast_to(event, p.shape)
+        errors = [_errors(*run, groups, num_bins, weights) for run in zip(p, event)]
+        by_method.append(
+            divide(np.stack(errors), np.broadcast_to(totals, (num_seeds, *totals.shape)))
+        )
+    gaps = by_method[0] - by_method[1]  # (S, 1 + B, G)
+    by_seed, rows = gaps[:, 0], gaps[:, 1:].mean(0).var(0)
+    between = by_seed.var(0, ddof=1) / num_seeds if num_seeds > 1 else np.zeros_like(rows)
+    parts = rows**2 / max(num_rows - 1, 1) + between**2 / max(num_seeds - 1, 1)
+    freedom = divide((rows + between) ** 2, parts)
+    estimate, error = by_seed.mean(0), np.sqrt(rows + between)
+    half = stdtrit(freedom, tail) * error
+    p = 2 * stdtr(freedom, -np.abs(divide(estimate, error)))
+    return Difference(estimate, estimate - half, estimate + half, p, error, freedom)
+
+
 def checked_probabilities(p) -> np.ndarray:
     """p as floats; ValueError for NaN and for values outside [0, 1]."""
     p = np.asarray(p)
@@ -307,6 +355,15 @@ def _equal_mass(p: np.ndarray, groups: np.ndarray, num_bins: int) -> np.ndarray:
 def _excess(found: Bins) -> np.ndarray:
     """Sum of w (y - p) in each bin."""
     return found.weight[..., 1] - found.probability.sum(-1)
+
+
+def _errors(p, y, groups, num_bins: int, weights) -> np.ndarray:
+    """Summed |excess| over the bins of every group under weights (B, N): (B, G)."""
+    row, column = np.nonzero(groups)
+    place = column * num_bins + _equal_width(checked_probabilities(p), num_bins, None)[row]
+    shape = (len(groups), groups.shape[1] * num_bins)
+    excess = sparse.csr_array(((y - p)[row], (row, place)), shape=shape)
+    return np.abs(weights @ excess).reshape(len(weights), -1, num_bins).sum(-1)
 
 
 def _norm(gap: np.ndarray, weight: np.ndarray, norm: float) -> np.ndarray:

@@ -104,6 +104,38 @@ def paired_difference(
     return _effect(a - b, clusters, level, num_resamples, seed, method)
 
 
+def versus_rest(values, inside, level: float = 0.95) -> Difference:
+    """Mean of values (S, N) among the rows `inside` (N,) minus that of all others; 0 = alike.
+
+    Rows are independent (the rows' means over seeds, variances apart: Welch), seeds add their own
+    variance where there are several; Student's t with Satterthwaite's degrees of freedom. p is that
+    of the interval, for these seeds or, with several, for new ones (p_new_seeds).
+    """
+    values, inside = np.atleast_2d(np.asarray(values, np.float64)), np.asarray(inside, bool)
+    tail = (1 + intervals.checked_level(level)) / 2
+    sides = [values[:, inside], values[:, ~inside]]
+    seeds, sizes = len(values), [side.shape[1] for side in sides]
+    facts = (values.shape[1], values.shape[1], seeds, 0)
+    if min(sizes) < 2:
+        reason = f"{sizes[0]} rows inside, {sizes[1]} outside: each side needs two"
+        return Difference(*[np.nan] * 5, *facts, reason, "")
+    by_seed = sides[0].mean(1) - sides[1].mean(1)
+    parts = [(side.mean(0).var(ddof=1) / n, n - 1) for side, n in zip(sides, sizes)]
+    if seeds > 1:
+        parts.append((by_seed.var(ddof=1) / seeds, seeds - 1))
+    variance = sum(part for part, _ in parts)
+    if not variance > 0:
+        reason = "no row differs from the others: no interval can be read off them"
+        return Difference(float(by_seed.mean()), *[np.nan] * 4, *facts, reason, "")
+    freedom = float(variance**2 / sum(part**2 / f for part, f in parts))
+    estimate, error = float(by_seed.mean()), float(np.sqrt(variance))
+    half = float(stdtrit(freedom, tail)) * error
+    p = 2 * float(stdtr(freedom, -abs(estimate) / error))
+    new = p if seeds > 1 else np.nan
+    ends = (estimate - half, estimate + half)
+    return Difference(estimate, *ends, p, new, *facts, "", "", error, freedom)
+
+
 def slope(
     values,
     x,

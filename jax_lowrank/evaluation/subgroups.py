@@ -4,6 +4,7 @@ Puts `groups`, `disparities` and `cells` together. Predictions are (R, N), one r
 ranks, seeds), on the same N rows; all runs are resampled together.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -85,6 +86,16 @@ class GapDifference(NamedTuple):
     reason: tuple[str, ...]
 
 
+class GapLevels(NamedTuple):
+    """Gaps of one method, mean over S seeds, with limits: (K,) in the order of names; (S, K)."""
+
+    names: tuple[str, ...]
+    estimate: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+    by_seed: np.ndarray
+
+
 def gaps(by_group: Rates, overall: Rates | None = None, names=tuple(GAPS)) -> np.ndarray:
     """Gaps (..., K) of rates (..., G); with `overall` (...) those to the rate of all rows."""
     found = []
@@ -127,16 +138,8 @@ def measure(
     """
     checked_level(level)
     members, predictions = membership(members), np.atleast_2d(np.asarray(predictions))
-    counts = groups.count(labels, predictions, members, num_classes=num_classes, weights=weights)
-    rates = groups.group_rates(counts, positive=positive, minimum=minimum)
-    made = cells.make(
-        np.asarray(labels).astype(np.int64),
-        predictions.astype(np.int64),
-        members,
-        num_classes=num_classes,
-        weights=None if weights is None else np.asarray(weights, np.float64),
-        clusters=clusters,
-    )
+    rows = (labels, predictions, members, num_classes, weights, clusters)
+    counts, rates, made = _counted(*rows, positive, minimum)
     drawn = cells.resample(made, lambda t: _replicates(t, positive), num_resamples, seed)
     inside, rest, overall = drawn[..., 0, :-1], drawn[..., 1, :-1], drawn[..., 0, -1]
     undefined = np.isnan(np.stack(rates.by_group, 1))
@@ -190,30 +193,75 @@ def compare(
     if a.shape != b.shape:
         raise ValueError(f"a and b must be paired (S, N) arrays, not {a.shape} and {b.shape}")
     tail, members = (1 + checked_level(level)) / 2, membership(members)
-    both = np.concatenate([a, b])
-    counts = groups.count(labels, both, members, num_classes=num_classes, weights=weights)
-    rates = groups.group_rates(counts, positive=positive, minimum=minimum)
-    undefined = np.isnan(np.stack(rates.by_group)).any(1)  # (M, G)
+    rows = (labels, np.concatenate([a, b]), members, num_classes, weights, clusters)
+    counts, rates, made = _counted(*rows, positive, minimum)
+    every = _gaps_of(rates, positive)
 
     def gap_pairs(tables: np.ndarray) -> np.ndarray:
         """Differences (b, S, K) of tables (b, 2S, G + 1, C, C)."""
-        found = groups.rates(tables[..., :-1, :, :], positive)
-        masked = [np.where(gone, np.nan, rate) for rate, gone in zip(found, undefined)]
-        every = gaps(Rates(*masked))
-        return every[:, : len(a)] - every[:, len(a) :]
+        found = every(tables)
+        return found[:, : len(a)] - found[:, len(a) :]
 
+    by_seed = gap_pairs(counts_with_all(counts)[None])[0]
+    drawn = cells.resample(made, gap_pairs, num_resamples, seed)
+    swapped = cells.swap(made, gap_pairs, num_resamples, seed)
+    return _gap_difference(by_seed, drawn, swapped, made.counts.sum(), tail, margin)
+
+
+def levels(
+    labels,
+    predictions,
+    members,
+    *,
+    num_classes: int = 2,
+    positive: int = 1,
+    minimum: int = 10,
+    level: float = 0.95,
+    num_resamples: int = 1000,
+    seed: int = 0,
+) -> GapLevels:
+    """Gaps of one method, mean over its seeds: predictions (S, N); errors and limits as `compare`.
+
+    A gap is biased upwards, and so is this mean: read it beside `Measured.nulls`. Groups need
+    `minimum` rows in every seed.
+    """
+    tail, members = (1 + checked_level(level)) / 2, membership(members)
+    predictions = np.atleast_2d(np.asarray(predictions))
+    rows = (labels, predictions, members, num_classes, None, None)
+    counts, rates, made = _counted(*rows, positive, minimum)
+    every = _gaps_of(rates, positive)
+    by_seed = every(counts_with_all(counts)[None])[0]
+    drawn = cells.resample(made, every, num_resamples, seed)
+    error, freedom = _error(by_seed, drawn, made.counts.sum())
+    half = stdtrit(freedom, tail) * error
+    estimate = by_seed.mean(0)
+    return GapLevels(tuple(GAPS), estimate, estimate - half, estimate + half, by_seed)
+
+
+def _counted(labels, predictions, members, num_classes, weights, clusters, positive, minimum):
+    """Tables of runs, their rates, and the cells to resample."""
+    counts = groups.count(labels, predictions, members, num_classes=num_classes, weights=weights)
+    rates = groups.group_rates(counts, positive=positive, minimum=minimum)
     made = cells.make(
         np.asarray(labels).astype(np.int64),
-        both.astype(np.int64),
+        predictions.astype(np.int64),
         members,
         num_classes=num_classes,
         weights=None if weights is None else np.asarray(weights, np.float64),
         clusters=clusters,
     )
-    by_seed = gap_pairs(counts_with_all(counts)[None])[0]
-    drawn = cells.resample(made, gap_pairs, num_resamples, seed)
-    swapped = cells.swap(made, gap_pairs, num_resamples, seed)
-    return _gap_difference(by_seed, drawn, swapped, made.counts.sum(), tail, margin)
+    return counts, rates, made
+
+
+def _gaps_of(rates: GroupRates, positive: int) -> Callable[[np.ndarray], np.ndarray]:
+    """Tables (b, R, G + 1, C, C) -> gaps (b, R, K) over the groups with rates in every run."""
+    undefined = np.isnan(np.stack(rates.by_group)).any(1)  # (M, G)
+
+    def every(tables: np.ndarray) -> np.ndarray:
+        found = groups.rates(tables[..., :-1, :, :], positive)
+        return gaps(Rates(*[np.where(gone, np.nan, rate) for rate, gone in zip(found, undefined)]))
+
+    return every
 
 
 def counts_with_all(counts: groups.Counts) -> np.ndarray:
@@ -288,15 +336,24 @@ def _variance(draws: np.ndarray) -> np.ndarray:
     return divide(np.where(known, (draws - mean) ** 2, 0.0).sum(0), known.sum(0))
 
 
-def _gap_difference(by_seed, drawn, swapped, num_units, tail, margin) -> GapDifference:
-    """From differences (S, K), their resamples (B, S, K) and their swaps (B, S, K)."""
-    seeds, estimate = len(by_seed), by_seed.mean(0)
-    rows = _variance(drawn.mean(1))
+def _error(by_seed: np.ndarray, drawn: np.ndarray, num_units: int) -> tuple[np.ndarray, ...]:
+    """Standard error (K,) of a mean over seeds (S, K), and Satterthwaite's degrees of freedom.
+
+    The variance of resampled rows (B, S, K) plus, with two seeds or more, that between seeds.
+    """
+    seeds, rows = len(by_seed), _variance(drawn.mean(1))
     between = by_seed.var(0, ddof=1) / seeds if seeds > 1 else np.zeros_like(rows)
-    error = np.sqrt(rows + between)
     with np.errstate(invalid="ignore", divide="ignore"):
         parts = rows**2 / max(num_units - 1, 1) + between**2 / max(seeds - 1, 1)
         freedom = np.where(parts > 0, (rows + between) ** 2 / parts, np.nan)
+    return np.sqrt(rows + between), freedom
+
+
+def _gap_difference(by_seed, drawn, swapped, num_units, tail, margin) -> GapDifference:
+    """From differences (S, K), their resamples (B, S, K) and their swaps (B, S, K)."""
+    seeds, estimate = len(by_seed), by_seed.mean(0)
+    error, freedom = _error(by_seed, drawn, num_units)
+    with np.errstate(invalid="ignore", divide="ignore"):
         two_sided = 2 * stdtr(freedom, -np.abs(estimate) / error)
     half = stdtrit(freedom, tail) * error
     hits = (np.abs(swapped.mean(1)) >= np.abs(estimate) - 1e-12).sum(0)

@@ -38,13 +38,13 @@ def limits(grid: Grid, found: list[Claim]) -> list[str]:
         f" at {grid.evaluate['threshold']:g} or more. A word list sees words, not meaning: it"
         " misses harm said in other words and counts words that are quoted or denied."
     )
-    said.append(_seeds(len(seeds)))
+    said.append(seeds_said(len(seeds)))
     said += _few_templates(found)
     said.append(
         "Learning rates were chosen by validation loss, not by harm, so a method may stop at a"
         " point where another choice would have left less or more harm."
     )
-    said += _edges(grid)
+    said += edges(grid)
     said.append(
         "“Cannot tell” is not “no difference”: the interval says how large a difference the runs"
         " leave open."
@@ -121,7 +121,8 @@ def _tally(chosen: list[Claim], more: str, less: str) -> str:
     return ", ".join(said)
 
 
-def _seeds(number: int) -> str:
+def seeds_said(number: int) -> str:
+    """What so many seeds can show."""
     if number == 1:
         return (
             "One fine-tuning seed: no interval or p-value here covers what another seed would do;"
@@ -149,7 +150,7 @@ def _few_templates(found: list[Claim]) -> list[str]:
     ]
 
 
-def _edges(grid: Grid) -> list[str]:
+def edges(grid: Grid) -> list[str]:
     """A warning for each method whose learning rate may not be the best one."""
     said = []
     for each in tables.chosen_rates(grid):

@@ -64,26 +64,39 @@ def claims(result: StudyResult) -> list[Claim]:
 
 def from_grid(grid: Grid) -> list[Claim]:
     """As `claims`, from runs that are arranged already."""
-    found = [*_tuned(grid), *_rank(grid), *_transfer(grid), *_utility(grid)]
+    return judged([*_tuned(grid), *_rank(grid), *_transfer(grid), *_utility(grid)])
+
+
+def judged(found: list[Claim]) -> list[Claim]:
+    """The claims with p adjusted over all of them (Holm), and their verdicts."""
     adjusted = comparisons.holm([claim.p for claim in found])
     return [_judged(claim, float(p)) for claim, p in zip(found, adjusted)]
 
 
 def as_text(result: StudyResult) -> str:
     """The claims as lines for a terminal."""
-    found = claims(result)
-    lines = []
-    for topic, title in TOPICS.items():
+    return lines(claims(result), TOPICS)
+
+
+def lines(found: list[Claim], topics: dict[str, str]) -> str:
+    """Claims by topic, one a line."""
+    said = []
+    for topic, title in topics.items():
         chosen = [claim for claim in found if claim.topic == topic]
-        lines += [f"{title} ({chosen[0].unit})"] if chosen else []
+        said += [f"{title} ({units(chosen)})"] if chosen else []
         for claim in chosen:
             found_out = f"  {claim.verdict:<12} {claim.comparison:<32} {claim.difference:+.3f} "
             if np.isnan(claim.low):
-                lines.append(found_out + f"no interval: {claim.reason or claim.note}")
+                said.append(found_out + f"no interval: {claim.reason or claim.note}")
             else:
                 limits = f"[{claim.low:+.3f}, {claim.high:+.3f}]"
-                lines.append(found_out + f"{limits}  adjusted p {claim.p_adjusted:.2g}")
-    return "\n".join(lines) or "no fine-tuned runs to compare"
+                said.append(found_out + f"{limits}  adjusted p {claim.p_adjusted:.2g}")
+    return "\n".join(said) or "no fine-tuned runs to compare"
+
+
+def units(chosen: list[Claim]) -> str:
+    """What the differences of these claims are in."""
+    return ", ".join(dict.fromkeys(claim.unit for claim in chosen))
 
 
 def verdict(claim: Claim) -> str:

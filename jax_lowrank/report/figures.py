@@ -133,7 +133,7 @@ def lens(grid: Grid) -> Figure | None:
     return Figure("lens", "Where harm words arise", caption, panels, keys)
 
 
-def learning_rates(grid: Grid) -> Figure | None:
+def learning_rates(grid: Grid, unit: str = "nats per token") -> Figure | None:
     """Validation loss against the learning rate by method; None where nothing was chosen."""
     chosen = tables.chosen_rates(grid)
     if not any(len(each["tried"]) > 1 for each in chosen):
@@ -152,7 +152,7 @@ def learning_rates(grid: Grid) -> Figure | None:
                     axes.scatter(point["learning_rate"], point["loss"], linewidths=1.4, **ring)
         axes.set_xscale("log")
         axes.set_xlabel("peak learning rate")
-        axes.set_ylabel("validation loss (nats per token)")
+        axes.set_ylabel(f"validation loss ({unit})")
 
     alt = "; ".join(f"{each['label']}: used {each['used']:g}" for each in chosen if each["used"])
     title = "Validation loss by learning rate"
@@ -197,7 +197,7 @@ def _rank_panel(
 
     def draw(axes) -> None:
         for place, pairs in enumerate(lines.values()):
-            _rank_line(axes, place, pairs)
+            rank_line(axes, place, pairs)
         for label, (value, estimate) in levels.items():
             role = "base" if label == BASE else "full"
             dashes = (0, (4, 2)) if role == "base" else "-"
@@ -205,7 +205,7 @@ def _rank_panel(
             if estimate and len(estimate.per_seed) > 1:
                 band = (min(estimate.per_seed), max(estimate.per_seed))
                 axes.axhspan(*band, color=COLORS[role], alpha=0.18, lw=0, zorder=0)
-        _rank_axis(axes, sorted({rank for pairs in lines.values() for rank, _ in pairs}))
+        rank_axis(axes, sorted({rank for pairs in lines.values() for rank, _ in pairs}))
         if title.startswith(("Harm", "KL(")):
             axes.set_ylim(bottom=0)
         _label_levels(axes, {k: v for k, (v, _) in levels.items()})
@@ -217,7 +217,8 @@ def _rank_panel(
     return panel(title, "; ".join(parts), draw)
 
 
-def _rank_line(axes, place: int, pairs: list[tuple[int, Estimate]]) -> None:
+def rank_line(axes, place: int, pairs: list[tuple[int, Estimate]]) -> None:
+    """One series: estimates with limits joined over ranks, and single seeds beside them."""
     color = COLORS[_series_color(place)]
     ranks = np.array([rank for rank, _ in pairs], float)
     middle = np.array([e.value for _, e in pairs])
@@ -240,7 +241,8 @@ def _rank_line(axes, place: int, pairs: list[tuple[int, Estimate]]) -> None:
         axes.plot(spread, estimate.per_seed, ls="", marker=".", ms=4, color=color, alpha=0.75)
 
 
-def _rank_axis(axes, ranks: list[int]) -> None:
+def rank_axis(axes, ranks: list[int]) -> None:
+    """Ranks on a log2 axis."""
     from matplotlib.ticker import FixedLocator, NullLocator
 
     axes.set_xscale("log", base=2)

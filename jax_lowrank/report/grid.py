@@ -18,7 +18,7 @@ BASE = "base"
 class Grid(NamedTuple):
     """The reported runs of a study; `diverged` ones stopped early and are listed, not averaged.
 
-    labels: LoRA methods by series and rank, then full fine-tuning; only those with a usable run.
+    labels: LoRA methods by series and rank, then the others by name; only those with a usable run.
     runs: label -> seed -> run, `base` under seed -1. missing: (label, seed) the configuration asks
     for and the results do not hold.
     """
@@ -45,8 +45,8 @@ class Grid(NamedTuple):
 
     @property
     def lora(self) -> tuple[str, ...]:
-        """Labels of all other methods."""
-        return tuple(name for name in self.labels if name != self.full)
+        """Labels of the LoRA methods."""
+        return tuple(n for n in self.labels if self.record(n)["method"]["name"] == "lora")
 
     @property
     def evaluate(self) -> dict:

@@ -43,6 +43,11 @@ def write(study_dir: Path, result: StudyResult) -> Path:
         "claims.json": claims_json(grid, found),
         "index.html": render(grid, found, tables.summary(grid, shifts)),
     }
+    return put(study_dir, files)
+
+
+def put(study_dir: Path, files: dict[str, str]) -> Path:
+    """Write the files of STUDY/report, each whole; return index.html."""
     report = study_dir / "report"
     try:
         report.mkdir(parents=True, exist_ok=True)
@@ -69,56 +74,68 @@ def claims_json(grid: Grid, found: list[claims.Claim]) -> str:
 
 def render(grid: Grid, found: list[claims.Claim], summary: tables.Summary) -> str:
     """The page as one HTML text: no script, nothing loaded from elsewhere, every text escaped."""
-    import jinja2
     from markupsafe import Markup
 
-    environment = jinja2.Environment(
+    groups = {
+        split: {label: tables.group_rates(grid, split, label) for label in (BASE, *grid.labels)}
+        for split in SPLITS
+    }
+    return (
+        environment()
+        .get_template("template.html")
+        .render(
+            study=grid.study,
+            config=grid.study["config"],
+            grid=grid,
+            answer=answer.answer(grid, found, summary),
+            limits=answer.limits(grid, found),
+            topics=topics_of(found, claims.TOPICS),
+            unit_names=("Prompts", "templates"),
+            num_tests=sum(not math.isnan(claim.p) for claim in found),
+            alpha=claims.ALPHA,
+            figures=figures.all_figures(grid, summary, groups),
+            markup=Markup,
+            labels=(BASE, *grid.labels),
+            extremes=grids.extremes(grid),
+            outcomes=_outcomes(grid, summary),
+            summary=summary,
+            groups=groups,
+            gaps=_gaps(grid),
+            training=[training(grid, label) for label in (BASE, *grid.labels)],
+            rates={each["label"]: each for each in tables.chosen_rates(grid)},
+            environments=environments(grid),
+            samples=_samples(grid),
+            splits={split: grids.attribute(grid, split) for split in SPLITS},
+            described={split: grids.described(grid, split) for split in SPLITS},
+            num_completions=grid.base.arrays["tuned/harm"].shape[1],
+            palette=drawing.NUM_RANK_COLORS,
+        )
+    )
+
+
+def environment():
+    """The templates beside this file, with the filters that they use; every text is escaped."""
+    import jinja2
+
+    made = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {
+    made.filters |= {
         "num": number,
         "signed": signed,
         "pvalue": p_value,
         "percent": percent,
         "remarks": remarks,
         "tally": tally,
+        "units": claims.units,
         "mark": lambda verdict: MARKS[verdict],
         "capital": lambda text: text[:1].upper() + text[1:],
     }
-    groups = {
-        split: {label: tables.group_rates(grid, split, label) for label in (BASE, *grid.labels)}
-        for split in SPLITS
-    }
-    return environment.get_template("template.html").render(
-        study=grid.study,
-        config=grid.study["config"],
-        grid=grid,
-        answer=answer.answer(grid, found, summary),
-        limits=answer.limits(grid, found),
-        topics=_topics(grid, found),
-        num_tests=sum(not math.isnan(claim.p) for claim in found),
-        alpha=claims.ALPHA,
-        figures=figures.all_figures(grid, summary, groups),
-        markup=Markup,
-        labels=(BASE, *grid.labels),
-        extremes=grids.extremes(grid),
-        outcomes=_outcomes(grid, summary),
-        summary=summary,
-        groups=groups,
-        gaps=_gaps(grid),
-        training=[_training(grid, label) for label in (BASE, *grid.labels)],
-        rates={each["label"]: each for each in tables.chosen_rates(grid)},
-        environments=_environments(grid),
-        samples=_samples(grid),
-        splits={split: grids.attribute(grid, split) for split in SPLITS},
-        described={split: grids.described(grid, split) for split in SPLITS},
-        num_completions=grid.base.arrays["tuned/harm"].shape[1],
-        palette=drawing.NUM_RANK_COLORS,
-    )
+    return made
 
 
 def number(value: float | None, digits: int = 3) -> str:
@@ -162,10 +179,13 @@ def _claim_object(claim: claims.Claim) -> dict[str, Any]:
     return content
 
 
-def _topics(grid: Grid, found: list[claims.Claim]) -> list[tuple[str, list[claims.Claim]]]:
+def topics_of(
+    found: list[claims.Claim], topics: dict[str, str]
+) -> list[tuple[str, list[claims.Claim]]]:
+    """The titles of topics that have claims, with these."""
     grouped = [
         (title, [claim for claim in found if claim.topic == topic])
-        for topic, title in claims.TOPICS.items()
+        for topic, title in topics.items()
     ]
     return [(title, chosen) for title, chosen in grouped if chosen]
 
@@ -210,7 +230,7 @@ def _gaps(grid: Grid) -> list[tuple[str, list[tuple[str, comparisons.Gap, float]
     ]
 
 
-def _training(grid: Grid, label: str) -> dict[str, Any]:
+def training(grid: Grid, label: str) -> dict[str, Any]:
     """What training took: facts of the first seed, and means over seeds where they differ."""
     records = [run.record for run in grid.runs[label].values()]
 
@@ -230,7 +250,7 @@ def _training(grid: Grid, label: str) -> dict[str, Any]:
     }
 
 
-def _environments(grid: Grid) -> dict[str, list[str]]:
+def environments(grid: Grid) -> dict[str, list[str]]:
     """Every version and device named by the runs, with all values where runs differ."""
     found: dict[str, list[str]] = {}
     for seeds in grid.runs.values():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,7 @@ from jax_lowrank import models, provenance, results, sharding, train
 from jax_lowrank.adapt import METHODS, lora
 from jax_lowrank.adapt.method import Method, count, dtypes
 from jax_lowrank.checkpoint import Checkpoints
-from jax_lowrank.config import MethodSpec, Run, fingerprint, plain
+from jax_lowrank.config import MethodSpec, Run, TrainSpec, fingerprint, plain
 from jax_lowrank.progress import Progress
 from jax_lowrank.study.parts import Examples, Prepared
 from jax_lowrank.study.schedule import Schedule, needed, slots_of
@@ -39,22 +40,26 @@ def execute(
     p = prepared
     describe(p)
     train_rows, held_out = (p.kind.examples(p, split) for split in ("train", "validation"))
-    steps = train.num_steps(p.kind.batches(p, train_rows, 0), p.study.train.epochs)
+    batches = p.kind.batches(p, train_rows, 0)
+    steps = {
+        spec.label: train.num_steps(batches, training_of(p.study.train, spec).epochs)
+        for spec in p.study.methods
+    }
     slots = slots_of(p.study)
     mine = shard.part(slots)
     if shard.count > 1:
         note(f"shard {shard.index}/{shard.count}: {len(mine)} of {len(slots)} runs")
     base_apply = bind_to(p.model.graphdef, p.mesh)
-    num_trained = sum(slot.kind != "base" for slot in needed(p.study, mine))
-    with Progress(steps * num_trained) as progress:
-        shared = (train_rows, held_out, base_apply, progress, steps)
+    trained = [p.study.methods[s.method] for s in needed(p.study, mine) if s.kind != "base"]
+    with Progress(sum(steps[spec.label] for spec in trained)) as progress:
+        shared = (train_rows, held_out, base_apply, progress)
         cells = {spec.label: Cell(p, spec, *shared, {}, curves) for spec in p.study.methods}
         schedule = Schedule(
             p,
             progress,
             run_fingerprint,
             lambda run: cells[run.label].run(run) if run.method else run_base(p, progress.note),
-            lambda run: progress.skip(steps) if run.method else None,
+            lambda run: progress.skip(steps[run.label]) if run.method else None,
         )
         schedule.work(mine)
     records = [schedule.record(slot, work=False) for slot in slots]
@@ -72,7 +77,6 @@ class Cell(NamedTuple):
     held_out: Examples
     base_apply: Callable
     progress: Progress
-    steps: int
     programs: dict  # graphdef -> Program: a random choice of layers may differ by seed
     curves: Path | None
 
@@ -105,7 +109,7 @@ class Cell(NamedTuple):
         )
         try:
             fitted = fit(
-                p.study.train,
+                training_of(p.study.train, self.spec),
                 program,
                 trainable=trainable,
                 frozen=frozen,
@@ -161,6 +165,11 @@ class Cell(NamedTuple):
         return program.apply, (trainable, frozen)
 
 
+def training_of(spec: TrainSpec, method: MethodSpec | None) -> TrainSpec:
+    """The settings with the method's own number of epochs."""
+    return dataclasses.replace(spec, epochs=method.epochs) if method and method.epochs else spec
+
+
 def run_fingerprint(p: Prepared, run: Run) -> str:
     """Names a run: everything that its stored outputs depend on, and nothing else.
 
@@ -169,7 +178,8 @@ def run_fingerprint(p: Prepared, run: Run) -> str:
     method = (run.method.name, run.method.options()) if run.method else "base"
     hashes = (p.kind.data_hash(p.task), p.weights_hash, str(dtypes(p.model.params)))
     tokenizer = p.text.tokenizer.backend_tokenizer.to_str()
-    parts = (run.kind, method, run.learning_rate, run.seed, p.study.train, tokenizer)
+    spec = training_of(p.study.train, run.method)
+    parts = (run.kind, method, run.learning_rate, run.seed, spec, tokenizer)
     is_measured = run.kind != "tune" or p.kind.measures_tuning
     measured = p.kind.measured(p) if is_measured else ()
     return fingerprint(parts, measured, hashes, provenance.code_hash())

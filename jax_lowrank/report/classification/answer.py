@@ -1,0 +1,112 @@
+"""The plain words of a classification page: the answer in front, the limits at the end."""
+
+import numpy as np
+
+from jax_lowrank.report.answer import edges, seeds_said
+from jax_lowrank.report.claims import CANNOT_TELL, CONTRADICTED, SUPPORTED, Claim, count_verdicts
+from jax_lowrank.report.classification.numbers import HEAD, TITLES, Case, Gap
+from jax_lowrank.report.tables import Estimate
+
+WORDS = {
+    "accuracy": ("accuracy", "lower", "higher"),
+    "worst_accuracy": ("accuracy on the worst group", "lower", "higher"),
+    "demographic_parity_difference": ("demographic parity difference", "larger", "smaller"),
+    "equalized_odds_difference": ("equalized odds difference", "larger", "smaller"),
+    "ece": ("calibration error", "larger", "smaller"),
+    "matched": ("gaps and calibration at matched validation accuracy", "worse", "better"),
+}
+
+
+def answer(
+    case: Case, summary: dict[str, dict[str, Estimate]], found: list[Claim], gaps: list[Gap]
+) -> list[str]:
+    """A few sentences that say no more than the claims' verdicts do."""
+    said = [_levels(case, summary)]
+    if found:
+        said.append("LoRA against full fine-tuning on the same rows and seeds: " + _tallies(found))
+    said += _by_chance(case, gaps)
+    return said
+
+
+def limits(case: Case, found: list[Claim]) -> list[str]:
+    """What a reader must not conclude from this page."""
+    grid, model = case.grid, case.grid.study["model"]
+    few = [name for name, enough in zip(case.names, case.enough) if not enough]
+    said = [
+        f"One base model ({model['family']}, {model['num_parameters']:,} parameters), one data set,"
+        " one split: another can come out differently. The intervals cover other rows of this kind"
+        " and, as far as a few can show it, other seeds; not other annotators or other data.",
+        "Groups are the communities that annotators say a post targets, not its authors. Labels are"
+        " annotators' majorities: an error may be theirs.",
+        "A largest-minus-smallest gap is above 0 by chance alone, the more the smaller the groups:"
+        " read it beside its mean under permuted membership.",
+        seeds_said(len(grid.study["config"]["seeds"])),
+    ]
+    if few:
+        said.append(
+            f"Left out of gaps and of the worst group for having fewer than"
+            f" {case.settings['minimum']} test rows: {', '.join(few)}. Nothing is known of them."
+        )
+    said.append(
+        "Learning rates were chosen by validation loss with one seed, steps (and so epochs) by the"
+        " same loss within every run. Equal learning rates say little by themselves: LoRA wants"
+        " larger ones."
+    )
+    said.append(
+        "`base` is the model under an untrained head and is left out here; `results.csv` has it."
+    )
+    said += edges(grid)
+    said.append(
+        "“Cannot tell” is not “no difference”: the interval says how large a difference the runs"
+        f" leave open, and the equivalence test whether it is within ±{case.settings['margin']:g}."
+    )
+    return said
+
+
+def _levels(case: Case, summary: dict[str, dict[str, Estimate]]) -> str:
+    study, accuracy, worst = case.grid.study, summary["accuracy"], summary["worst_accuracy"]
+    majority = int(np.argmax(study["splits"]["train"]["by_class"]))
+    share = float((case.labels == majority).mean())
+    by_rank = sorted(case.grid.lora, key=lambda label: case.grid.record(label)["rank"])
+    shown = [case.grid.full, *dict.fromkeys((*by_rank[:1], *by_rank[-1:])), HEAD]
+    parts = [
+        f"{label} {_percent(accuracy[label].value)} (worst group {_percent(worst[label].value)})"
+        for label in shown
+        if label in accuracy
+    ]
+    return (
+        f"Of {case.labels.size:,} test rows these were right on: {', '.join(parts)}; always saying"
+        f" “{study['classes'][majority]}” on {_percent(share)}."
+    )
+
+
+def _tallies(found: list[Claim]) -> str:
+    parts = []
+    for topic, (what, worse, better) in WORDS.items():
+        chosen = [claim for claim in found if claim.topic == topic]
+        if not chosen:
+            continue
+        counts, total = count_verdicts(chosen), len(chosen)
+        if counts[CANNOT_TELL] == total:
+            parts.append(f"{what}: the runs cannot tell ({total} of {total})")
+            continue
+        said = [f"{worse} in {counts[SUPPORTED]}"] if counts[SUPPORTED] else []
+        said += [f"{better} in {counts[CONTRADICTED]}"] if counts[CONTRADICTED] else []
+        said += [f"cannot tell in {counts[CANNOT_TELL]}"] if counts[CANNOT_TELL] else []
+        parts.append(f"{what}: {', '.join(said)} of {total}")
+    return "; ".join(parts) + "."
+
+
+def _by_chance(case: Case, gaps: list[Gap]) -> list[str]:
+    chosen = [gap for gap in gaps if gap.label == case.grid.full and not np.isnan(gap.found.p)]
+    if not chosen:
+        return []
+    parts = [
+        f"{TITLES[gap.rate].lower()} {gap.found.gap:.2f} (by chance {gap.found.null_mean:.2f})"
+        for gap in chosen
+    ]
+    return [f"Largest gaps between groups under full fine-tuning: {', '.join(parts)}."]
+
+
+def _percent(rate: float) -> str:
+    return "an unknown share" if rate != rate else f"{100 * rate:.1f} %"

@@ -1,0 +1,65 @@
+"""What the runs of a classification study show, claim by claim.
+
+Stated before any run, in the direction of arXiv 2405.18572 (low rank serves groups worse than full
+fine-tuning does); arXiv 2405.17512 found no consistent pattern. One family of tests.
+"""
+
+import math
+
+from jax_lowrank.evaluation import comparisons
+from jax_lowrank.report.claims import Claim, judged, lines
+from jax_lowrank.report.classification import effects
+from jax_lowrank.report.classification.numbers import TITLES, Case, arrange
+from jax_lowrank.results import StudyResult
+
+TOPICS = {
+    "accuracy": "Low rank is less accurate than full fine-tuning",
+    "worst_accuracy": "Low rank is less accurate on the worst-served group",
+    "demographic_parity_difference": "Low rank has larger gaps in how often groups are flagged",
+    "equalized_odds_difference": "Low rank has larger gaps in error rates",
+    "ece": "Low rank is worse calibrated",
+    "matched": "Where LoRA is as accurate on validation rows as full fine-tuning",
+}
+WORSE = {name: -1 if "accuracy" in name else +1 for name in effects.METRICS}
+SAYS = {
+    "accuracy": "is less accurate than full fine-tuning",
+    "worst_accuracy": "has a lower accuracy on its worst group than full fine-tuning",
+    "demographic_parity_difference": "has a larger demographic parity difference",
+    "equalized_odds_difference": "has a larger equalized odds difference",
+    "ece": "has a larger calibration error",
+}
+
+
+def from_case(case: Case) -> list[Claim]:
+    """Every claim about LoRA against full fine-tuning, judged in one family."""
+    best = {pair.label: pair for pair in effects.at_best(case)}
+    found = [
+        _claim(topic, best[label].found[topic], topic, label, case.grid.full)
+        for topic in effects.METRICS
+        for label in case.grid.lora
+        if label in best
+    ]
+    pair = effects.matched(case)
+    if pair:
+        found += [
+            _claim("matched", pair.found[name], name, "LoRA", pair.other)._replace(note=pair.note)
+            for name in effects.METRICS[1:]
+        ]
+    return judged(found)
+
+
+def as_text(result: StudyResult) -> str:
+    """The claims as lines for a terminal."""
+    return lines(from_case(arrange(result)), TOPICS)
+
+
+def _claim(topic: str, effect: comparisons.Difference, metric: str, label: str, full: str) -> Claim:
+    where = " where both are equally accurate on validation rows" if topic == "matched" else ""
+    return Claim(
+        *(topic, f"{label} {SAYS[metric]}{where}", f"{label} − {full}", "test"),
+        *(TITLES[metric].lower() if metric != "ece" else "ECE", WORSE[metric]),
+        *(effect.estimate, effect.low, effect.high, effects.p_of(effect), math.nan),
+        *(effect.p, effect.p_new_seeds),
+        *(effect.n, effect.num_clusters, effect.num_seeds, effect.num_missing),
+        *("cannot tell", effect.reason, effect.note if effect.num_seeds > 1 else "one seed"),
+    )

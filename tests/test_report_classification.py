@@ -1,0 +1,180 @@
+"""The report of a classification study: numbers against direct ones, claims, page and files."""
+
+import csv
+import io
+import json
+import math
+
+import numpy as np
+import pytest
+import report_classification
+from test_report_page import _read
+
+from jax_lowrank.evaluation import calibration
+from jax_lowrank.report import kinds
+from jax_lowrank.report.classification import claims, effects, numbers, page
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    """(directory, results): rank 1 does no better than chance on the group Small."""
+    directory = tmp_path_factory.mktemp("study")
+    return directory, report_classification.write(directory, unfair=(1,))
+
+
+@pytest.fixture(scope="module")
+def case(study):
+    return numbers.arrange(study[1])
+
+
+@pytest.fixture(scope="module")
+def html(study):
+    report = kinds.report_of(study[1])
+    assert report.write is page.write
+    return report.write(study[0], study[1]).read_text("utf-8")
+
+
+def test_methods_are_in_order_and_tuning_runs_apart(case):
+    assert list(case.outputs) == ["head only", "LoRA r=1", "LoRA r=4", "full fine-tuning"]
+    assert case.outputs["LoRA r=1"].seeds == (1, 2, 3)
+    assert ("LoRA r=4", 1e-2) in case.tuning and ("full fine-tuning", 1e-3) in case.tuning
+    assert case.enough.tolist() == [True, True, False]
+
+
+def test_levels_equal_direct_ones(case):
+    table = numbers.summary(case)
+    each = case.outputs["LoRA r=4"]
+    right = each.predictions == case.labels
+    assert table["accuracy"]["LoRA r=4"].value == pytest.approx(right.mean())
+    assert table["accuracy"]["LoRA r=4"].per_seed == pytest.approx(tuple(right.mean(1)))
+    worst = [min(row[inside].mean() for inside in case.members[:, :2].T) for row in right]
+    assert table["worst_accuracy"]["LoRA r=4"].value == pytest.approx(np.mean(worst))
+    bins = calibration.bins(each.chance, case.labels, np.ones((600, 1), bool))
+    error = calibration.calibration_error(bins).mean()
+    assert table["ece"]["LoRA r=4"].value == pytest.approx(error)
+    for name in numbers.GAPS:
+        found = table[name]["LoRA r=4"]
+        assert found.low < found.value < found.high
+
+
+def test_groups_with_too_few_rows_stay_with_their_reason(case):
+    rows = {row.name: row for row in numbers.group_rows(case, "full fine-tuning")}
+    assert list(rows) == ["all rows", "Large", "Small", "Tiny"]
+    tiny = rows["Tiny"].cells
+    assert all(math.isnan(cell.value) for cell in tiny.values())
+    assert tiny["accuracy"].reason == "4 rows, fewer than 10"
+    assert tiny["tpr"].reason.endswith("positives, fewer than 10")
+    small, each = rows["Small"], case.outputs["full fine-tuning"]
+    inside = case.members[:, 1]
+    negatives = inside & (case.labels == 0)
+    rate = (each.predictions[:, negatives] == 1).mean()
+    assert small.cells["fpr"].value == pytest.approx(rate)
+    assert small.cells["fpr"].n == negatives.sum() and small.size == inside.sum()
+    assert small.cells["ece"].expected > 0
+
+
+def test_distances_find_the_group_that_is_served_worse(case):
+    found = {(d.label, d.group): d for d in numbers.distances(case) if d.rate == "accuracy"}
+    bad = found["LoRA r=1", "Small"]
+    assert bad.found.estimate < -0.1 and bad.p_adjusted < 0.01
+    assert math.isnan(found["full fine-tuning", "Tiny"].found.estimate)
+    assert abs(found["full fine-tuning", "Large"].found.estimate) < 0.06
+
+
+def test_gaps_stand_beside_what_chance_gives(case):
+    found = {(gap.label, gap.rate): gap for gap in numbers.gaps(case)}
+    fair, unfair = found["LoRA r=4", "accuracy"], found["LoRA r=1", "accuracy"]
+    assert fair.found.num_defined == 2 and 0 < fair.found.null_mean < 0.1
+    assert unfair.found.gap > 3 * unfair.found.null_mean and unfair.p_adjusted < 0.05
+
+
+def test_effects_are_the_differences_of_the_levels(case):
+    pairs = {pair.label: pair for pair in effects.at_best(case)}
+    assert list(pairs) == ["head only", "LoRA r=1", "LoRA r=4"]
+    table = numbers.summary(case)
+    for name in effects.METRICS:
+        values = table[name]
+        expected = values["LoRA r=1"].value - values["full fine-tuning"].value
+        assert pairs["LoRA r=1"].found[name].estimate == pytest.approx(expected), name
+    worst = pairs["LoRA r=1"].found["worst_accuracy"]
+    assert worst.high < 0 and worst.num_seeds == 3
+    by_group = effects.by_group(case, "LoRA r=1")
+    assert list(by_group) == ["all rows", "Large", "Small"]
+    assert by_group["Small"].high < by_group["Large"].estimate
+
+
+def test_equal_utility_takes_the_nearest_run_of_each_seed(case):
+    pair = effects.matched(case)
+    full = case.outputs["full fine-tuning"]
+    loras = [case.outputs["LoRA r=1"], case.outputs["LoRA r=4"]]
+    right = []
+    for place in range(3):
+        apart = [abs(each.validation[place] - full.validation[place]) for each in loras]
+        best = loras[int(np.argmin(apart))].predictions[place]
+        right.append((best == case.labels).mean() - (full.predictions[place] == case.labels).mean())
+    assert pair.found["accuracy"].estimate == pytest.approx(np.mean(right))
+    assert "by seed" in pair.note
+
+
+def test_one_learning_rate_is_compared_with_one_seed(case):
+    found = effects.at_one_rate(case)
+    assert [pair.label for pair in found] == ["LoRA r=1 at 0.001", "LoRA r=4 at 0.001"]
+    each = found[0].found["worst_accuracy"]
+    assert each.num_seeds == 1 and math.isnan(each.p_new_seeds) and 0 < each.p <= 1
+
+
+def test_claims_say_what_was_built_in(case, study):
+    found = {
+        (claim.topic, claim.statement.split(" ")[1]): claim for claim in claims.from_case(case)
+    }
+    assert found["worst_accuracy", "r=1"].verdict == "supported"
+    assert found["equalized_odds_difference", "r=1"].verdict == "supported"
+    assert found["worst_accuracy", "r=4"].verdict == "cannot tell"
+    assert all(claim.p_adjusted >= claim.p for claim in found.values() if claim.p == claim.p)
+    text = kinds.report_of(study[1]).as_text(study[1])
+    assert "Low rank is less accurate on the worst-served group (worst-group accuracy)" in text
+
+
+def test_three_classes_have_a_top_label_calibration(tmp_path):
+    result = report_classification.write(tmp_path, num_classes=3, seeds=(1,), ranks=(1,))
+    case = numbers.arrange(result)
+    each = case.outputs["full fine-tuning"]
+    assert (each.chance >= 1 / 3).all() and set(np.unique(each.event)) == {0, 1}
+    assert "the largest probability" in page.write(tmp_path, result).read_text("utf-8")
+
+
+def test_the_page_is_well_formed_and_says_what_is_missing(html):
+    reader = _read(html)
+    assert not reader.errors and not reader.open
+    assert not {tag for tag, _ in reader.tags} & {"script", "link", "iframe", "object", "img"}
+    text = " ".join(reader.text)
+    assert "too few" in text and "4 rows, fewer than 10" in text
+    assert "fewer than 10 test rows: Tiny" in text
+    assert "always saying “fine”" in text
+    assert text.count("by chance") > 8
+    links = [attrs.get("href", "") for _, attrs in reader.tags]
+    targets = {attrs["id"] for _, attrs in reader.tags if "id" in attrs}
+    assert {link[1:] for link in links if link.startswith("#")} <= targets
+    anchors = ("by-rank", "forest", "forest-groups", "heat", "reliability", "size", "learning-rate")
+    assert set(anchors) <= targets
+    for word in ("unbiased", "debiased", "solved"):
+        assert word not in text.lower()
+
+
+def test_the_files_hold_every_run_and_are_the_same_again(study, html):
+    directory, result = study
+    report = directory / "report"
+    before = {path.name: path.read_bytes() for path in report.iterdir()}
+    page.write(directory, result)
+    assert before == {path.name: path.read_bytes() for path in report.iterdir()}
+    rows = list(csv.DictReader(io.StringIO((report / "results.csv").read_text("utf-8"))))
+    final = [r for r in rows if r["label"] == "full fine-tuning" and r["kind"] == "final"]
+    seed = [r for r in final if r["seed"] == "1" and r["name"] == "accuracy" and not r["group"]]
+    assert len(seed) == 1 and 0.5 < float(seed[0]["value"]) < 1
+    tiny = next(r for r in final if r["group"] == "Tiny" and r["name"] == "tpr")
+    assert tiny["value"] == "" and "fewer than 10" in tiny["reason"]
+    gap = next(r for r in final if r["name"] == "demographic_parity_difference")
+    assert float(gap["null_mean"]) > 0
+    lines = [json.loads(line) for line in (report / "results.jsonl").read_text().splitlines()]
+    assert len(lines) == len(result.runs)
+    assert {line["kind"] for line in lines} == {"base", "tune", "final"}

@@ -1,0 +1,161 @@
+"""A small classification study end to end: head, LoRA and full on labelled texts with groups."""
+
+import json
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+import tiny_text
+from test_study import run, words
+
+from jax_lowrank import cli, models, results
+from jax_lowrank.evaluation import probabilities
+from jax_lowrank.study import classification
+from jax_lowrank.tasks import TaskError, text_classification
+
+CONFIG = """
+from jax_lowrank.config import EvalSpec, MethodSpec, ModelSpec, Study, TaskSpec, TrainSpec
+
+def config():
+    return Study(
+        name="tiny_classes", question="Does it run?", model=ModelSpec(path={model!r}),
+        task=TaskSpec("text_classification", {{
+            "path": {data!r},
+            "options": {{"groups": ("even", "third"), "row_id": "id", "classes": ("neg", "pos")}},
+            "validation_fraction": 0.2, "test_fraction": 0.3,
+        }}),
+        methods=(MethodSpec("head", (1e-2,)), MethodSpec("lora", (1e-2, 1e-3), rank=2),
+                 MethodSpec("full", (1e-3,))),
+        train=TrainSpec(epochs=2, batch_size=8, max_length=16), seeds=(1, 2),
+        evaluate=EvalSpec(minimum=3, num_resamples=100),
+    )
+"""
+
+
+def texts(number=60):
+    """Labelled texts of two groups that overlap."""
+    return [
+        {**row, "id": f"row {i}", "even": int(i % 4 < 2), "third": int(i % 3 == 0)}
+        for i, row in enumerate(tiny_text.labelled(40))
+    ][:number]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """(config file, results directory) of the small study, run once."""
+    folder = tmp_path_factory.mktemp("classes")
+    model = tiny_text.checkpoint(folder / "model")
+    data = tiny_text.jsonl(folder / "data.jsonl", texts())
+    config = folder / "tiny.py"
+    config.write_text(CONFIG.format(model=str(model), data=str(data)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cli, "use_fast_memory", lambda: None)
+        patch.setattr(cli, "set_up_jax", lambda: None)
+        assert cli.main(["study", str(config), "--out", str(folder / "out")]) == 0
+    return config, folder / "out"
+
+
+def test_every_run_stores_logits_of_the_held_out_rows(finished):
+    study = results.read_study(finished[1])
+    kinds = [run.record["kind"] for run in study.runs]
+    assert (
+        kinds
+        == ["base", "tune", "final", "final", *["tune"] * 2, *["final"] * 2, "tune"] + ["final"] * 2
+    )
+    for each in study.runs:
+        for split in ("validation", "test"):
+            logits = each.arrays[f"{split}/logits"]
+            assert logits.shape == (len(study.rows[split].ids), 2)
+    assert study.rows["test"].labels.tolist() == [
+        int(i.split()[1]) % 2 for i in study.rows["test"].ids
+    ]
+
+
+def test_what_is_chosen_by_is_the_validation_loss_of_what_is_stored(finished):
+    study = results.read_study(finished[1])
+    labels = study.rows["validation"].labels
+    tuned = {}
+    for each in study.runs[1:]:
+        loss = probabilities.nll(each.arrays["validation/logits"], labels).mean()
+        assert each.record["validation_loss"] == pytest.approx(loss, rel=1e-4)
+        if each.record["kind"] == "tune" and each.record["rank"]:
+            tuned[each.record["learning_rate"]] = loss
+    final = {r.record["learning_rate"] for r in study.runs if r.record["rank"] == 2}
+    chosen = [r.record for r in study.runs if r.record["rank"] == 2 and r.record["kind"] == "final"]
+    assert {r["learning_rate"] for r in chosen} == {min(tuned, key=tuned.get)} <= final
+
+
+def test_splits_are_saved_apart_and_texts_are_not(finished):
+    out = finished[1]
+    splits = results.read_study(out).study["splits"]
+    ids = [set(part["ids"]) for part in splits.values()]
+    assert sum(map(len, ids)) == len(set().union(*ids)) == 40
+    assert all(len(part["hash"]) == 64 for part in splits.values())
+    stored = "".join(p.read_text() for p in out.rglob("*.json*"))
+    stored += (out / "report" / "index.html").read_text()
+    assert not any(row["text"] in stored for row in texts())
+    assert "too few" in stored
+
+
+def test_evaluating_on_rows_that_were_trained_on_is_refused(finished):
+    rows = {name: SimpleNamespace(ids=(f"{name} 1", "r2")) for name in ("train", "test")}
+    rows["validation"] = SimpleNamespace(ids=("v",))
+    with pytest.raises(TaskError, match="1 of 2 rows to evaluate on were trained on"):
+        classification.check_apart(SimpleNamespace(splits=rows))
+
+
+def test_other_labels_are_another_study(finished, monkeypatch, capsys):
+    config, out = finished
+    data = config.parent / "data.jsonl"
+    kept = data.read_text()
+    rows = [json.loads(line) for line in kept.splitlines()]
+    rows[0]["label"] = "pos"
+    tiny_text.jsonl(data, rows)
+    code, text = run(["study", config, "--out", out], monkeypatch, capsys)
+    data.write_text(kept)
+    assert code == 2 and "belongs to another study: tiny_classes" in text
+
+
+WRONG = {
+    "positive": (["--evaluate.positive", "poss"], "did you mean 'pos'"),
+    "scorer": (["--task.scorer", "lexicon:x"], "classification has labels"),
+    "length": (["--train.max-length", "99"], "above the model's 48 positions"),
+    "minimum": (["--evaluate.minimum", "0"], "evaluate.minimum 0 is below 1"),
+    "margin": (["--evaluate.margin", "0"], "evaluate.margin 0.0 is outside (0, 1)"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_input_gets_one_clear_message(case, finished, tmp_path, monkeypatch, capsys):
+    extra, expected = WRONG[case]
+    code, text = run(["study", finished[0], "--out", tmp_path, *extra], monkeypatch, capsys)
+    assert code == 2 and expected in words(text) and "Traceback" not in text
+
+
+def test_the_seed_draws_the_head_and_nothing_else(finished):
+    head = models.Head("classification", ("neg", "pos"))
+    model = models.load(finished[0].parent / "model", head=head, key=jax.random.key(0))
+    one, other, again = (
+        models.by_path(models.redraw(model, jax.random.key(seed), model.head_paths).params)
+        for seed in (1, 2, 1)
+    )
+    assert model.head_paths
+    for path, array in one.items():
+        same = np.array_equal(array, other[path])
+        assert same == (path not in model.head_paths or "bias" in path), path
+        np.testing.assert_array_equal(array, again[path])
+
+
+def test_the_hash_of_labelled_data_sees_every_part(tmp_path):
+    options = {"groups": ("even", "third"), "row_id": "id"}
+    rows = texts()
+
+    def hash_of(changed):
+        path = tiny_text.jsonl(tmp_path / "d.jsonl", changed)
+        return text_classification.data_hash(text_classification.make(str(path), options=options))
+
+    first = hash_of(rows)
+    assert first == hash_of(rows)
+    for key, value in (("text", "the other"), ("label", "pos"), ("third", 0), ("id", "row x")):
+        assert hash_of([{**rows[0], key: value}, *rows[1:]]) != first, key
