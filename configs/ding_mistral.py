@@ -2,7 +2,7 @@
 
     jax-lowrank study configs/ding_mistral.py:religion    (published hyper-parameters; also age,
                                                            gender, race, sexuality)
-    jax-lowrank study configs/ding_mistral.py:ranks       (alpha fixed at 16, r = 1 ... 64, religion)
+    jax-lowrank study configs/ding_mistral.py:ranks       (alpha = 16, r = 1 ... 64, religion)
     jax-lowrank study configs/ding_mistral.py:modern      (what one would run today, religion)
 
 See ding_llama2.py for what is as published and what is not. In the released code the fractional

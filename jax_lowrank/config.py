@@ -268,7 +268,7 @@ class EvalSpec:
         require(0 < self.level < 1, f"evaluate.level {self.level} is outside (0, 1)")
         for name in ("minimum", "num_bins"):
             require(getattr(self, name) >= 1, f"evaluate.{name} {getattr(self, name)} is below 1")
-        require(0 < self.margin < 1, f"evaluate.margin {self.margin} is outside (0, 1)")
+        require(self.margin > 0, f"evaluate.margin {self.margin} is not positive")
 
 
 @dataclass(frozen=True)

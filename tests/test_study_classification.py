@@ -122,7 +122,7 @@ WRONG = {
     "scorer": (["--task.scorer", "lexicon:x"], "classification has labels"),
     "length": (["--train.max-length", "99"], "above the model's 48 positions"),
     "minimum": (["--evaluate.minimum", "0"], "evaluate.minimum 0 is below 1"),
-    "margin": (["--evaluate.margin", "0"], "evaluate.margin 0.0 is outside (0, 1)"),
+    "margin": (["--evaluate.margin", "0"], "evaluate.margin 0.0 is not positive"),
 }
 
 
