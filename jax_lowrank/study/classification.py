@@ -98,10 +98,10 @@ def summary(p: Prepared, record: dict, arrays: dict) -> str:
     """One line on a measured run."""
     test = p.task.splits["test"]
     right = arrays["test/logits"].argmax(1) == test.labels
-    sizes = test.groups.sum(0)
-    enough = sizes >= p.study.evaluate.minimum
-    rates = (right @ test.groups)[enough] / sizes[enough]
-    worst = f", worst group {rates.min():.3f}" if rates.size else ""
+    rates = [
+        right[inside].mean() for inside in test.groups.T if inside.sum() >= p.study.evaluate.minimum
+    ]
+    worst = f", worst group {min(rates):.3f}" if rates else ""
     trained = record["trainable_parameters"]
     extra = f"; {trained:,} of {record['total_parameters']:,} trained" if trained else ""
     return f"test accuracy {right.mean():.3f}{worst}{extra}"

@@ -58,6 +58,7 @@ def make(
     test_fraction: float = 0.2,
     keep: Mapping[str, float] | None = None,
     max_rows: int = 0,
+    max_train: int = 0,
 ) -> Classification:
     """Read, split and, if asked, unbalance.
 
@@ -65,7 +66,8 @@ def make(
     pattern; 'published', the permutation of arXiv 2405.17512 (20 % test, no strata; validation is
     cut from its training rows); 'source', as the file says. validation_fraction: of all rows, and
     of the training rows for the other two. keep: class or group name -> share of its training rows
-    to keep. max_rows: a seeded choice of all rows first; 0: all. TaskError for what cannot be done.
+    to keep. max_rows: a seeded choice of all rows first, max_train: of the training rows last; 0:
+    all. TaskError for what cannot be done.
     """
     if reader not in READERS:
         raise TaskError(f"reader must be one of {', '.join(READERS)}, not {reader!r}")
@@ -91,6 +93,10 @@ def make(
     if keep:
         parts["train"] = unbalanced(rows, parts["train"], keep, seed)
         notes["training rows kept"] = ", ".join(f"{n}: {s:g}" for n, s in keep.items())
+    if 0 < max_train < len(parts["train"]):
+        chosen = np.random.default_rng([seed, 4]).permutation(parts["train"])[:max_train]
+        parts["train"] = np.sort(chosen)
+        notes["training rows chosen"] = str(max_train)
     splits = {name: rows.take(index) for name, index in parts.items()}
     for name, part in splits.items():
         if not part.ids:
