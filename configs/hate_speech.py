@@ -2,6 +2,7 @@
 
     jax-lowrank study configs/hate_speech.py          (under 30 minutes on 2 quiet CPU cores)
     jax-lowrank study configs/hate_speech.py:smoke    (under 3 minutes)
+    jax-lowrank study configs/hate_speech.py:imbalanced        (one class and two groups made rare)
 
 The utility and calibration half of arXiv 2405.17512: LoRA, full fine-tuning and head-only training
 beside each other on HateXplain (normal against offensive or hateful; groups are the communities
@@ -19,6 +20,7 @@ it, or JAX_LOWRANK_DATA=FOLDER.
 base model's features hold, head-only training shows.
 """
 
+import dataclasses
 import os
 from importlib.util import find_spec
 from pathlib import Path
@@ -50,6 +52,18 @@ def config() -> Study:
         rows={"validation_fraction": 0.1, "test_fraction": 0.5, "max_train": 800},
         epochs=2,
     )
+
+
+def imbalanced() -> Study:
+    """As `config`, with few toxic rows and few on two groups to learn from (arXiv 2405.18572).
+
+    The share of the training rows that is kept, by class or group; validation and test rows stay.
+    """
+    whole = config()
+    keep = {"toxic": 0.4, "Islam": 0.3, "Women": 0.3}
+    options = {**whole.task.options, "keep": keep}
+    task = dataclasses.replace(whole.task, options=options)
+    return dataclasses.replace(whole, name="hate_speech_imbalanced", task=task)
 
 
 def smoke() -> Study:

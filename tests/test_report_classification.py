@@ -4,6 +4,8 @@ import csv
 import io
 import json
 import math
+import runpy
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ import report_classification
 from test_report_page import _read
 
 from jax_lowrank.evaluation import calibration
+from jax_lowrank.report import grid as grids
 from jax_lowrank.report import kinds
 from jax_lowrank.report.classification import claims, effects, numbers, page
 
@@ -177,3 +180,44 @@ def test_the_files_hold_every_run(study, html):
     lines = [json.loads(line) for line in (report / "results.jsonl").read_text().splitlines()]
     assert len(lines) == len(result.runs)
     assert {line["kind"] for line in lines} == {"base", "tune", "final"}
+
+
+def script(name):
+    """The functions of a file of experiments/."""
+    return runpy.run_path(str(Path(__file__).parents[1] / "experiments" / f"{name}.py"))
+
+
+def test_dings_tables_hold_every_method_and_group(case, study):
+    ding = script("ding_classification")
+    said = ding["described"](case, study[1])
+    for title in ding["TABLES"]:
+        assert f"### {title}" in said
+    assert "| Tiny (4) | too few: 4 rows, fewer than 10 |" in said
+    assert "| LoRA r=1 − full fine-tuning | −" in said.replace("-", "−")
+    assert "LoRA r=4 at 0.001 − full fine-tuning at 0.001" in said
+
+
+def test_das_disparity_over_classes_and_groups(case, study):
+    das = script("das_disparity")
+    said = das["section"](study[1])
+    assert "Training rows: fine 6, bad 4, Large 5" in said
+    each = case.outputs["LoRA r=1"]
+    right = each.predictions == case.labels
+    by_class = [1 - right[:, case.labels == k].mean() for k in (0, 1)]
+    line = next(x for x in said.splitlines() if x.startswith("| bad ("))
+    assert f"{by_class[1]:.3f} [" in line
+    lines = das["disparities"](das["with_classes_as_groups"](case))
+    rank_one = next(line for line in lines if line[0] == "LoRA r=1")
+    assert float(rank_one[1]) == pytest.approx(abs(by_class[0] - by_class[1]), abs=6e-4)
+    groups = {line[0]: line for line in das["disparities"](case)}
+    assert float(groups["LoRA r=1"][3]) < 0.05 and groups["full fine-tuning"][-1] == "–"
+
+
+def test_rank_one_in_a_share_of_the_layers_is_a_rank_below_one():
+    method = {"alpha": 16.0, "layers": "first", "layer_fraction": 0.25}
+    record = {"label": "LoRA r=1 (qv, first 0.25 of layers)", "rank": 1, "method": method}
+    assert grids.size(record) == 0.25
+    assert grids.series(record) == "LoRA (qv, first layers)"
+    whole = {**record, "label": "LoRA r=8 (qv)", "rank": 8}
+    whole["method"] = {**method, "layer_fraction": 1.0}
+    assert grids.size(whole) == 8 and grids.series(whole) == "LoRA (qv)"
