@@ -193,7 +193,7 @@ def test_dings_tables_hold_every_method_and_group(case, study):
     for title in ding["TABLES"]:
         assert f"### {title}" in said
     assert "| Tiny (4) | too few: 4 rows, fewer than 10 |" in said
-    assert "| LoRA r=1 − full fine-tuning | −" in said.replace("-", "−")
+    assert "| LoRA r=1 − full fine-tuning | -0." in said
     assert "LoRA r=4 at 0.001 − full fine-tuning at 0.001" in said
 
 
