@@ -23,7 +23,7 @@ ENCODERS = ("bert", "roberta", "distilbert")
 # Every decoder family and every method; not every pair, and no encoder yet.
 CASES = (
     *("gpt2:full", "gpt2:head", "gpt2:lora:bfloat16", "opt:lora", "opt:bitfit", "llama_bias:full"),
-    *("llama_bias:head", "mistral_window:lora", "qwen2:full", "qwen2:head", "qwen2:bitfit"),
+    *("llama_bias:lora", "mistral_window:lora", "qwen2:full", "qwen2:head", "qwen2:bitfit"),
 )
 # Losses are sums in another order: as far apart as their dtype makes them.
 TOLERANCE = {"float32": 2e-5, "bfloat16": 2e-2}
@@ -75,15 +75,6 @@ def check(case, runs):
             assert max(share["fsdp"], share["tensor"], share["mixed"]) < most, share
 
 
-def test_every_mesh_gives_what_one_device_gives(tmp_path):
-    cases = ("llama_bias:lora",)
-    finish(start(tmp_path / "out.json", *cases))
-    found = json.loads((tmp_path / "out.json").read_text())
-    for case in cases:
-        assert set(found[case]) == set(MESHES)
-        check(case, found[case])
-
-
 @pytest.mark.slow
 def test_families_and_methods_on_every_mesh(tmp_path):
     running = [start(tmp_path / f"{half}.json", *CASES[half::2]) for half in (0, 1)]
@@ -102,6 +93,7 @@ def free_port():
         return probe.getsockname()[1]
 
 
+@pytest.mark.slow
 def test_two_processes_give_what_one_gives(tmp_path):
     case, address = "gpt2:lora", f"127.0.0.1:{free_port()}"
     alone = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
