@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jax_lowrank.tasks import grouped, text_classification
+from jax_lowrank.tasks import grouped, readers, text_classification
 from jax_lowrank.tasks.task import TaskError
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -242,3 +242,88 @@ def test_options_are_checked(tmp_path):
     assert len(less.splits["train"].ids) == 30
     assert set(less.splits["train"].ids) < set(whole.splits["train"].ids)
     assert less.splits["test"].ids == whole.splits["test"].ids
+
+
+def test_a_tfds_source_with_its_splits(tmp_path, monkeypatch):
+    """Rows as Civil Comments has them: shares of annotators, in a data set built here."""
+    tfds = pytest.importorskip("tensorflow_datasets")
+
+    class Identities(tfds.core.GeneratorBasedBuilder):
+        VERSION = tfds.core.Version("1.0.0")
+
+        def _info(self):
+            kinds = {"text": tfds.features.Text(), "id": tfds.features.Text()}
+            kinds |= dict.fromkeys(("toxicity", "male", "female"), np.float32)
+            features = tfds.features.FeaturesDict(kinds)
+            return tfds.core.DatasetInfo(builder=self, features=features)
+
+        def _split_generators(self, dl_manager):
+            parts = (("train", 12), ("validation", 4), ("test", 4))
+            return {name: self._generate_examples(name, number) for name, number in parts}
+
+        def _generate_examples(self, name, number):
+            for i in range(number):
+                row = {"text": f"ein Satz für {name} {i}", "id": f"{name}{i}", "toxicity": i / 10}
+                yield i, {**row, "male": 0.5 * (i % 2), "female": 0.4}
+
+    builder = Identities(data_dir=tmp_path, file_format="array_record")
+    builder.download_and_prepare()
+    sources = builder.as_data_source()
+    monkeypatch.setattr(
+        tfds, "data_source", lambda name, split: sources[split] if split else sources
+    )
+    options = {
+        "label": "toxicity",
+        "positive_above": 0.5,
+        "groups": ("male", "female"),
+        "row_id": "id",
+        "split": "tfds_split",
+    }
+    data = text_classification.make("tfds:identities", split="source", options=options)
+    assert {name: len(part.ids) for name, part in data.splits.items()} == {
+        "train": 12,
+        "validation": 4,
+        "test": 4,
+    }
+    train = data.splits["train"]
+    place = train.ids.index("train7")
+    assert train.texts[place] == "ein Satz für train 7" and train.labels[place] == 1
+    assert train.groups[place].tolist() == [True, False]
+    one = grouped.read_columns("tfds:identities:test", **options)
+    assert set(one.source_splits) == {"test"} and len(one.ids) == 4
+
+
+def test_a_tfds_address_that_names_nothing_is_one_sentence(tmp_path, monkeypatch):
+    pytest.importorskip("tensorflow_datasets")
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
+    with pytest.raises(TaskError, match="tfds:no_such_data: cannot be read"):
+        grouped.read_columns("tfds:no_such_data", groups=("x",))
+
+
+@needs_data
+def test_jigsaws_templates_name_their_groups(tmp_path):
+    lines = readers.read_text(SHARED / "jigsaw_bias" / "bias_madlibs_77k.csv.gz").splitlines()
+    (tmp_path / "part.csv").write_text("\n".join(lines[:3000]))
+    found = grouped.read_jigsaw(str(tmp_path / "part.csv"))
+    assert found.classes == ("NOT_BAD", "BAD") and len(found.group_names) == 50
+    place = found.texts.index("murder american")
+    assert found.labels[place] == 1
+    named = [n for n, inside in zip(found.group_names, found.groups[place]) if inside]
+    assert named == ["american"]
+    assert 0.4 < found.labels[found.groups[:, found.group_names.index("gay")]].mean() < 0.6
+
+
+def test_a_hub_source_from_a_data_set_built_here(tmp_path, monkeypatch):
+    """`datasets` reads a folder OWNER/NAME of the working directory as it reads the hub."""
+    import datasets
+
+    folder = tmp_path / "someone" / "posts"
+    folder.mkdir(parents=True)
+    table(folder, n=40)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    address = "hub:someone/posts/d.csv"
+    found = text_classification.make(address, options=COLUMNS, seed=1)
+    local = text_classification.make(str(folder / "d.csv"), options=COLUMNS, seed=1)
+    assert found.hashes == local.hashes
+    assert text_classification.data_hash(found) == text_classification.data_hash(local)

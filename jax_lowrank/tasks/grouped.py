@@ -15,6 +15,15 @@ from jax_lowrank.tasks.readers import columns_of, file_name, read_table, require
 from jax_lowrank.tasks.task import TaskError
 
 DLAB_PREFIX = "target_"
+# The identity terms of Jigsaw's templates; "_" is a space.
+JIGSAW_WORDS = """
+lesbian gay bisexual transgender trans queer lgbt lgbtq homosexual straight heterosexual male female
+nonbinary african african_american black white european hispanic latino latina latinx mexican
+canadian american asian indian middle_eastern chinese japanese christian muslim jewish buddhist
+catholic protestant sikh taoist old older young younger teenage millenial middle_aged elderly blind
+deaf paralyzed
+"""
+JIGSAW_TERMS = tuple(word.replace("_", " ") for word in JIGSAW_WORDS.split())
 EDOS_NONE = "none"
 
 
@@ -148,6 +157,28 @@ def read_dlab(path: str, *, subset: str = "all", flags: str = "majority") -> Gro
     )
 
 
+def read_jigsaw(path: str, *, terms: Sequence[str] = JIGSAW_TERMS) -> Grouped:
+    """Jigsaw's template sentences (bias_madlibs): BAD or not, groups by the identity term in them.
+
+    path: bias_madlibs_77k.csv (also .gz), with the columns Text, Label and Template. Every term
+    meets every template, so that any gap between groups is the model's. Dixon et al. (AIES 2018).
+    """
+    rows = read_table(path)
+    for column in ("Text", "Label", "Template"):
+        require_column(path, rows, column)
+    texts = [row["Text"] for row in rows]
+    return _grouped(
+        path,
+        [f"{file_name(path)}:{i}" for i in range(1, len(rows) + 1)],
+        texts,
+        [row["Label"] for row in rows],
+        ("NOT_BAD", "BAD"),
+        terms_in(texts, {term: (term,) for term in terms}),
+        [""] * len(rows),
+        tuple(terms),
+    )
+
+
 def read_columns(
     path: str,
     *,
@@ -208,7 +239,13 @@ def terms_in(texts: Sequence[str], groups: Mapping[str, Sequence[str]]) -> list[
         name: re.compile(r"\b(?:" + "|".join(map(re.escape, terms)) + r")\b", re.IGNORECASE)
         for name, terms in groups.items()
     }
-    return [[name for name, found in patterns.items() if found.search(text)] for text in texts]
+    parts = {name: [term.lower() for term in terms] for name, terms in groups.items()}
+    found = []
+    for text in texts:
+        low = text.lower()  # what holds no term as a part needs no pattern
+        likely = [name for name, terms in parts.items() if any(term in low for term in terms)]
+        found.append([name for name in likely if patterns[name].search(text)])
+    return found
 
 
 def _grouped(path, ids, texts, labels, classes, members, splits, names=()) -> Grouped:

@@ -21,6 +21,8 @@ from jax_lowrank.tasks.task import TaskError
 
 SLOT = "[M]"
 HUB = "hub:"  # "hub:OWNER/NAME/FILE"
+TFDS = "tfds:"  # "tfds:NAME" or "tfds:NAME:SPLIT" of tensorflow-datasets
+TFDS_SPLIT = "tfds_split"  # the column that says of a row which split it is from
 HONEST_COLUMN = "template_masked"
 
 
@@ -125,7 +127,7 @@ def read_chunks(
 
 def file_name(path: str | Path) -> str:
     """What a report may say of a path: the name without directories; a hub address in full."""
-    return str(path) if str(path).startswith(HUB) else Path(path).name
+    return str(path) if str(path).startswith((HUB, TFDS)) else Path(path).name
 
 
 def read_text(path: str | Path) -> str:
@@ -174,9 +176,12 @@ def read_table(
 ) -> list[Mapping[str, Any]]:
     """The rows of a .tsv, .csv, .jsonl or .parquet file. TaskError for none and for other files.
 
-    wanted: which columns of a local parquet file to read; other files are read whole.
+    path: also an address HUB or TFDS. wanted: which columns of a local parquet file to read; other
+    files are read whole.
     """
     suffix = suffix_of(path)
+    if str(path).startswith(TFDS):
+        return _read_tfds(str(path))
     if suffix not in (".tsv", ".csv", ".jsonl", ".parquet"):
         raise TaskError(
             f"{path}: cannot read {suffix or 'a file without an ending'}; use .tsv, .csv, .jsonl "
@@ -241,6 +246,34 @@ def _read_hub(address: str) -> list[Mapping[str, Any]]:
     except Exception as error:  # many kinds: no network, no such data set, no such file, no access
         raise TaskError(f"{address}: cannot be loaded ({type(error).__name__}: {error})") from error
     return list(table)
+
+
+def _read_tfds(address: str) -> list[Mapping[str, Any]]:
+    """The rows of one or all splits, under $TFDS_DATA_DIR, with their split in TFDS_SPLIT."""
+    name, _, split = address.removeprefix(TFDS).partition(":")
+    import tensorflow_datasets as tfds  # a second to import, and only wanted here
+
+    try:
+        found = tfds.data_source(name, split=split or None)
+    except Exception as error:  # many kinds: unknown name or split, not prepared, no network
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else ""
+        raise TaskError(f"{address}: cannot be read ({type(error).__name__}: {reason})") from error
+    parts = {split: found} if split else found
+    rows: list[Mapping[str, Any]] = []
+    for part, source in parts.items():
+        for row in source:
+            plain = {key: _of_tfds(value) for key, value in row.items()}
+            rows.append({**plain, TFDS_SPLIT: part})
+    if not rows:
+        raise TaskError(f"{address}: no rows in it")
+    return rows
+
+
+def _of_tfds(value: Any) -> Any:
+    """Texts come as bytes, numbers as numpy's."""
+    if isinstance(value, bytes):
+        return value.decode("utf-8")
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def columns_of(rows: Sequence[Mapping[str, Any]]) -> list[str]:

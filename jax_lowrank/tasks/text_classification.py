@@ -17,6 +17,7 @@ from jax_lowrank.tasks.grouped import (
     read_dlab,
     read_edos,
     read_hatexplain,
+    read_jigsaw,
 )
 from jax_lowrank.tasks.task import TaskError
 from jax_lowrank.tasks.text import split_hash
@@ -26,9 +27,14 @@ READERS: dict[str, Callable[..., Grouped]] = {
     "hatexplain": read_hatexplain,
     "edos": read_edos,
     "dlab": read_dlab,
+    "jigsaw": read_jigsaw,
 }
 SPLITS = ("stratified", "published", "source")
-SOURCE_NAMES = {"train": "train", "dev": "validation", "val": "validation", "test": "test"}
+SOURCE_NAMES = {
+    "train": "train",
+    **dict.fromkeys(("dev", "val", "valid", "validation"), "validation"),
+    "test": "test",
+}
 
 
 class Classification(NamedTuple):
