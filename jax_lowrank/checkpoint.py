@@ -27,6 +27,7 @@ from orbax.checkpoint import v1 as ocp
 
 MANIFEST = "manifest.json"
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+READ_BYTES = 1 << 26  # of arrays that are in memory twice while a save is read back
 
 
 class CheckpointError(OSError):
@@ -113,7 +114,7 @@ class Checkpoints:
             raise error
 
     def save(self, step: int, state: Any, facts: Mapping[str, Any]) -> None:
-        """Begin to save a tree of arrays and what JSON can hold; returns when it is copied.
+        """Begin to save a tree of arrays and what JSON can hold.
 
         Both may be changed afterwards, and jax arrays donated.
         """
@@ -121,12 +122,13 @@ class Checkpoints:
         if step == self._newest:
             return
         path = self.directory / f"{step:08d}"
-        host = {name: _copied(leaf) for name, leaf in _named(state).items()}
+        host = {name: _kept(leaf) for name, leaf in _named(state).items()}
         try:
             if jax.process_index() == 0:
                 self.directory.mkdir(parents=True, exist_ok=True)
                 _delete(path)  # one that was refused
-            response = ocp.save_async(path, host)
+            with _orbax():
+                response = ocp.save_async(path, host)
         except Exception as error:
             raise self._failed(path, error) from error
         content = {
@@ -189,7 +191,7 @@ class Checkpoints:
         """The newest good checkpoint as a tree like `like`, or None where there is none.
 
         Arrays get the shapes, dtypes and shardings of those in `like`; NumPy arrays stay on the
-        host. What is damaged, unfinished or of another run is named in a note and passed over.
+        host and are read-only, so that no save has to copy them. What is damaged, unfinished or of another run is named in a note and passed over.
         """
         for path in self._found():
             try:
@@ -250,10 +252,25 @@ def _named(tree: Any) -> dict[str, Any]:
     return names
 
 
-def _copied(leaf: Any) -> Any:
-    """The array on the host; one that is spread over processes stays where it is."""
-    spread = isinstance(leaf, jax.Array) and not leaf.is_fully_addressable
-    return leaf if spread else np.asarray(leaf)
+def _kept(leaf: Any) -> Any:
+    """The array on the host as it is now; one that is spread over processes stays where it is.
+
+    On CPU that is the memory of the jax array itself: while it is in use, XLA copies the array
+    instead of donating it. Only what could be written to is copied here.
+    """
+    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+        return leaf
+    host = np.asarray(leaf)
+    return host.copy() if host.flags.writeable else host
+
+
+def _orbax() -> ocp.Context:
+    """Orbax's settings: it writes what `_kept` holds without a copy, and loads what it is asked
+    for."""
+    context = ocp.Context()
+    context.memory.deepcopy_host_arrays = False
+    context.pytree.loading.partial_load = True
+    return context
 
 
 def _abstract(leaf: Any) -> Any:
@@ -273,17 +290,44 @@ def _load(path: Path, like: Any) -> Any:
     for name, leaf in named.items():
         if (loaded[name].shape, loaded[name].dtype) != (leaf.shape, leaf.dtype):
             raise CheckpointError(f"{name} has another shape or dtype")
-        if isinstance(leaf, jax.Array) and not isinstance(loaded[name], jax.Array):
+        if isinstance(loaded[name], jax.Array):
+            continue
+        if isinstance(leaf, jax.Array):
             loaded[name] = jnp.array(loaded[name], copy=True)
+        else:
+            loaded[name].flags.writeable = False
     return jax.tree.unflatten(jax.tree.structure(like), [loaded[name] for name in named])
 
 
 def _compare(path: Path, host: dict[str, np.ndarray]) -> None:
     """Raise CheckpointError unless the disk holds the very bits of `host`."""
-    loaded = ocp.load(path, {name: np.empty(leaf.shape, leaf.dtype) for name, leaf in host.items()})
+    for names in _groups(host):
+        with _orbax():
+            asked = {name: np.empty(host[name].shape, host[name].dtype) for name in names}
+            loaded = ocp.load(path, asked)
+        for name in names:
+            if not _same_bits(np.asarray(loaded[name]), host[name]):
+                raise CheckpointError(f"{name} reads back differently")
+
+
+def _groups(host: dict[str, np.ndarray]) -> list[list[str]]:
+    """The names in groups of READ_BYTES or less; a larger array is a group of its own."""
+    groups, size = [[]], 0
     for name, leaf in host.items():
-        if np.asarray(loaded[name]).tobytes() != leaf.tobytes():
-            raise CheckpointError(f"{name} reads back differently")
+        if groups[-1] and size + leaf.nbytes > READ_BYTES:
+            groups.append([])
+            size = 0
+        groups[-1].append(name)
+        size += leaf.nbytes
+    return groups
+
+
+def _same_bits(one: np.ndarray, other: np.ndarray) -> bool:
+    """Whether shape, dtype and bits agree; NaNs as well."""
+    if (one.shape, one.dtype) != (other.shape, other.dtype):
+        return False
+    bits = f"u{one.itemsize}"
+    return np.array_equal(one.view(bits), other.view(bits))
 
 
 def _hashes(path: Path) -> dict[str, str]:

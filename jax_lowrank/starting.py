@@ -20,6 +20,7 @@ from jax_lowrank.study.prepare import param_dtype
 class Start(NamedTuple):
     """A base model as the method splits it.
 
+    base: with shapes for parameters; the arrays are in `frozen`, or were copied to be trained.
     directory: of the base. adapter_hash: of the adapter that training goes on from, or None.
     """
 
@@ -55,14 +56,20 @@ def start(
         model = models.load(directory, dtype, head, fresh, sharding.where(mesh))
         method = METHODS[spec.method.name](**spec.method.options())
         graphdef, *parts = method.split(key, model)
-        return spec, Start(model, directory, method, graphdef, *sharding.put(parts, mesh), None)
+        parts = sharding.put(parts, mesh)
+        return spec, Start(_shapes(model), directory, method, graphdef, *parts, None)
     lora_spec, found = goes_on(directory, spec.method, head, dtype, fresh)
     method = METHODS["lora"](**lora_spec.options())
     hashed = provenance.hash_files(directory, "adapter_config.json")
     graphdef, *parts = found.parts
     parts = sharding.put(parts, mesh)
-    started = Start(found.base, found.directory, method, graphdef, *parts, hashed)
+    started = Start(_shapes(found.base), found.directory, method, graphdef, *parts, hashed)
     return replace(spec, method=lora_spec), started
+
+
+def _shapes(model: models.Model) -> models.Model:
+    """The model without its arrays: full fine-tuning would hold them twice."""
+    return model._replace(params=jax.eval_shape(lambda params: params, model.params))
 
 
 def goes_on(

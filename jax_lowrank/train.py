@@ -280,6 +280,8 @@ class Training:
         saved = self.checkpoints.restore(self.arrays()) if self.checkpoints else None
         if saved is None:
             return False
+        for leaf in jax.tree.leaves((self.trainable, self.opt_state)):
+            leaf.delete()  # others still hold what this run will not need
         self.trainable, self.opt_state, self.best, key = (
             saved.state[name] for name in ("trainable", "opt_state", "best", "key")
         )

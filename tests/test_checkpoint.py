@@ -182,6 +182,51 @@ def test_shardings_and_dtypes_are_those_of_the_target(tmp_path):
     assert saved.state["x"].sharding == sharding and same_bytes(saved.state, state)
 
 
+def test_what_is_held_for_a_save_stays_as_it_was():
+    """Only what can be written to is copied; a donated array is not lost."""
+    array, jax_array = np.arange(5.0), jnp.arange(5.0)
+    held = [checkpoint._kept(x) for x in (array, jax_array)]
+    array[:] = 7
+    jax.jit(lambda x: 0 * x, donate_argnums=0)(jax_array).block_until_ready()
+    assert [x.tolist() for x in held] == [[0, 1, 2, 3, 4]] * 2
+    array.flags.writeable = False
+    assert checkpoint._kept(array) is array
+    other = jnp.arange(3)
+    assert np.shares_memory(checkpoint._kept(other), np.asarray(other))
+
+
+def test_a_save_is_read_back_in_parts(tmp_path, monkeypatch):
+    asked, load = [], checkpoint.ocp.load
+    monkeypatch.setattr(checkpoint, "READ_BYTES", 100)
+
+    def counted(path, like):
+        asked.append({name: leaf.nbytes for name, leaf in like.items()})
+        return load(path, like)
+
+    monkeypatch.setattr(checkpoint.ocp, "load", counted)
+    state = {name: np.full(size, size, np.int8) for name, size in SIZES.items()}
+    with opened(tmp_path) as checkpoints:
+        checkpoints.save(1, state, {})
+    assert asked == [{"a": 40, "b": 60}, {"c": 200}, {"d": 1, "e": 99}]
+    monkeypatch.undo()
+    saved = opened(tmp_path).restore(state)
+    assert same_bytes(saved.state, state)
+    assert not any(leaf.flags.writeable for leaf in saved.state.values())
+
+
+SIZES = {"a": 40, "b": 60, "c": 200, "d": 1, "e": 99}
+
+
+def test_bits_are_compared_not_values():
+    nans = np.array([np.nan, 1.0], np.float32)
+    assert checkpoint._same_bits(nans, nans.copy())
+    assert not checkpoint._same_bits(np.array([0.0]), np.array([-0.0]))
+    assert not checkpoint._same_bits(nans, nans.astype(np.float64))
+    assert not checkpoint._same_bits(nans, nans[:, None])
+    half = np.asarray(jnp.ones((), jnp.bfloat16))
+    assert checkpoint._same_bits(half, half.copy()) and not checkpoint._same_bits(half, -half)
+
+
 def test_other_hardware_is_said(whole, monkeypatch):
     now = checkpoint.environment()
     monkeypatch.setattr(checkpoint, "environment", lambda: {**now, "device": "abacus"})
@@ -329,12 +374,20 @@ def test_a_continued_run_is_the_run_that_was_never_interrupted(tmp_path):
     assert 5 in resumed_at and len(resumed_at) >= 3
 
 
-def test_a_run_in_many_sessions(tmp_path):
+def test_a_run_in_many_sessions(tmp_path, monkeypatch):
     result, lines = session(None)
     for number in range(2, len(lines), 2):
         with pytest.raises(StoppedError):
             session(tmp_path, stop_after=number)
+    first, resume = [], train.Training.resume
+
+    def watched(self):
+        first.extend(jax.tree.leaves((self.trainable, self.opt_state)))
+        return resume(self)
+
+    monkeypatch.setattr(train.Training, "resume", watched)
     again, again_lines = session(tmp_path)
+    assert first and all(leaf.is_deleted() for leaf in first)  # no second state in memory
     assert len(again.resumed_at) >= 3 and again.resumed_at == tuple(sorted(again.resumed_at))
     assert again_lines == lines and same_bytes(again.trainable, result.trainable)
     assert again.seconds > 0

@@ -205,9 +205,10 @@ def test_without_masking_every_token_counts(folder):
     assert masked.fingerprint != whole.fingerprint
     weights = [finetune.make_batches(job).batch(0).weights.sum() for job in (masked, whole)]
     assert weights[0] < weights[1]
+    graphdef, *states = masked.start.parts
     scored = infer.likelihood(
-        bind(masked.start.base.graphdef),
-        (masked.start.base.params,),
+        bind(graphdef),
+        states,
         masked.encoded["train"].sequences,
         batch_size=8,
         pad_id=0,
@@ -220,7 +221,8 @@ def test_padding_does_not_change_a_class(folder):
     job = prepared(folder, data=DataSpec(str(folder / "classification.jsonl")))
     sequences = [s[: 2 + i % 4] for i, s in enumerate(job.encoded["train"].sequences)]
     job = job._replace(encoded={"train": encode.Encoded(sequences, None, 0)})
-    model = (bind(job.start.base.graphdef), (job.start.base.params,))
+    graphdef, *states = job.start.parts
+    model = (bind(graphdef), states)
     one = infer.classify(*model, sequences, batch_size=8, pad_id=job.text.pad_id)
     other = infer.classify(*model, sequences, batch_size=36, pad_id=7)
     np.testing.assert_allclose(one, other, atol=1e-6)
@@ -229,12 +231,7 @@ def test_padding_does_not_change_a_class(folder):
     batches = finetune.make_batches(job)
     steps = [batches.batch(t) for t in range(batches.steps_per_epoch)]
     assert sum(b.weights.sum() for b in steps) == len(sequences) == 36
-    total = [
-        train.classification_loss(
-            lambda *s: bind(job.start.base.graphdef)(s[0]), job.start.base.params, None, b, None
-        )
-        for b in steps
-    ]
+    total = [train.classification_loss(bind(graphdef), *states, b, None) for b in steps]
     # The 4 rows that fill up the last batch count neither above nor below the line.
     assert [len(b.tokens) for b in steps] == [8] * 5 and sum(t[1].sum() for t in total) == 36
     by_hand = finetune.mean_loss({"logits": one, "labels": job.data.splits["train"].labels})

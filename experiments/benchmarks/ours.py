@@ -57,7 +57,20 @@ SHAPES = {
         ),
     ),
 }
-METHOD_OPTIONS = {"full": {}, "lora": {"rank": 8, "alpha": 16.0}}
+LORA = {"rank": 8, "alpha": 16.0}
+METHOD_OPTIONS = {
+    "full": ("full", {}),
+    "lora": ("lora", LORA),
+    "dora": ("lora", {**LORA, "dora": True}),
+    "pissa": ("lora", {**LORA, "init": "pissa"}),
+    "olora": ("lora", {**LORA, "init": "olora"}),
+}
+
+
+def method_of(name: str):
+    """A row of METHOD_OPTIONS as a method."""
+    kind, options = METHOD_OPTIONS[name]
+    return METHODS[kind](**options)
 
 
 def peak_mb() -> float:
@@ -74,12 +87,16 @@ def masked_lm_loss(apply, trainable, frozen, batch, key):
 
 
 def prepared(options):
-    """call(state) -> state and losses: one compiled call of STEPS_PER_TURN steps; first state."""
+    """call(state) -> state and losses: one compiled call of STEPS_PER_TURN steps; first state; and
+    seconds that the method took to split the model, compilation included."""
     family, config = SHAPES[options.shape]
     head = models.Head("masked-lm" if options.shape == "bert" else "causal-lm")
     model = models.create(family, config, jax.random.key(0), head=head)
-    method = METHODS[options.method](**METHOD_OPTIONS[options.method])
+    method = method_of(options.method)
+    began = time.perf_counter()
     graphdef, trainable, frozen = method.split(jax.random.key(1), model)
+    jax.block_until_ready((trainable, frozen))
+    split_seconds = time.perf_counter() - began
     optimizer = train.make_optimizer(trainable, method, weight_decay=0.1, clip=1.0)
     per_call, rng = STEPS_PER_TURN, np.random.default_rng(0)
     weights = np.ones((per_call, BATCH, LENGTH), np.float32)
@@ -102,7 +119,7 @@ def prepared(options):
         )
         return (trainable, opt_state), np.asarray(losses).tolist()
 
-    return call, (trainable, optimizer.init(trainable))
+    return call, (trainable, optimizer.init(trainable)), split_seconds
 
 
 def measure(work, options, steps: int) -> dict:
@@ -130,7 +147,7 @@ def measure(work, options, steps: int) -> dict:
 
 def training(options) -> dict:
     """Seconds per optimizer step, measured over whole compiled calls."""
-    call, state = prepared(options)
+    call, state, split_seconds = prepared(options)
     num_trainable, losses = count(state[0]), []
 
     def work():
@@ -142,6 +159,7 @@ def training(options) -> dict:
         **measure(work, options, STEPS_PER_TURN),
         "tokens": BATCH * LENGTH,
         "trainable_parameters": num_trainable,
+        "split_seconds": split_seconds,
         "losses": losses,
     }
 
@@ -159,7 +177,7 @@ KINDS = (
 
 def profile(options) -> dict:
     """Thread-milliseconds per step by kind of operation, from XLA's own trace of one call."""
-    call, state = prepared(options)
+    call, state, _ = prepared(options)
     state, _ = call(state)
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
@@ -183,7 +201,7 @@ def generating(options) -> dict:
     """Seconds of one call that samples: prompt 16, 32 new tokens, nothing filtered."""
     family, config = SHAPES[options.shape]
     model = models.create(family, config, jax.random.key(0))
-    method = METHODS[options.method](**METHOD_OPTIONS[options.method])
+    method = method_of(options.method)
     graphdef, trainable, frozen = method.split(jax.random.key(1), model)
     apply = bind(graphdef)
     tokens = np.random.default_rng(0).integers(0, VOCAB, (options.batch, 16)).astype(np.int32)
