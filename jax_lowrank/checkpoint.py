@@ -191,7 +191,7 @@ class Checkpoints:
         """The newest good checkpoint as a tree like `like`, or None where there is none.
 
         Arrays get the shapes, dtypes and shardings of those in `like`; NumPy arrays stay on the
-        host and are read-only, so that no save has to copy them. What is damaged, unfinished or of another run is named in a note and passed over.
+        host, read-only. What is damaged or of another run is named in a note and passed over.
         """
         for path in self._found():
             try:
@@ -265,8 +265,7 @@ def _kept(leaf: Any) -> Any:
 
 
 def _orbax() -> ocp.Context:
-    """Orbax's settings: it writes what `_kept` holds without a copy, and loads what it is asked
-    for."""
+    """Orbax's settings: it writes what `_kept` holds, uncopied, and loads what it is asked for."""
     context = ocp.Context()
     context.memory.deepcopy_host_arrays = False
     context.pytree.loading.partial_load = True
@@ -290,12 +289,10 @@ def _load(path: Path, like: Any) -> Any:
     for name, leaf in named.items():
         if (loaded[name].shape, loaded[name].dtype) != (leaf.shape, leaf.dtype):
             raise CheckpointError(f"{name} has another shape or dtype")
-        if isinstance(loaded[name], jax.Array):
-            continue
-        if isinstance(leaf, jax.Array):
-            loaded[name] = jnp.array(loaded[name], copy=True)
-        else:
+        if not isinstance(leaf, jax.Array):
             loaded[name].flags.writeable = False
+        elif not isinstance(loaded[name], jax.Array):
+            loaded[name] = jnp.array(loaded[name], copy=True)
     return jax.tree.unflatten(jax.tree.structure(like), [loaded[name] for name in named])
 
 
@@ -303,8 +300,7 @@ def _compare(path: Path, host: dict[str, np.ndarray]) -> None:
     """Raise CheckpointError unless the disk holds the very bits of `host`."""
     for names in _groups(host):
         with _orbax():
-            asked = {name: np.empty(host[name].shape, host[name].dtype) for name in names}
-            loaded = ocp.load(path, asked)
+            loaded = ocp.load(path, {name: np.empty_like(host[name]) for name in names})
         for name in names:
             if not _same_bits(np.asarray(loaded[name]), host[name]):
                 raise CheckpointError(f"{name} reads back differently")
@@ -312,13 +308,12 @@ def _compare(path: Path, host: dict[str, np.ndarray]) -> None:
 
 def _groups(host: dict[str, np.ndarray]) -> list[list[str]]:
     """The names in groups of READ_BYTES or less; a larger array is a group of its own."""
-    groups, size = [[]], 0
+    groups, size = [], READ_BYTES + 1
     for name, leaf in host.items():
-        if groups[-1] and size + leaf.nbytes > READ_BYTES:
-            groups.append([])
-            size = 0
-        groups[-1].append(name)
         size += leaf.nbytes
+        if size > READ_BYTES:
+            groups, size = [*groups, []], leaf.nbytes
+        groups[-1].append(name)
     return groups
 
 

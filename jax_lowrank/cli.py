@@ -30,6 +30,7 @@ from jax_lowrank.processes import join, set_up_jax, use_fast_memory
 SHORT = {
     "--model": "--model.path",
     "--data": "--data.path",
+    "--task": "--data.kind",
     "--validation": "--data.validation",
     "--test": "--data.test",
     "--rank": "--method.rank",

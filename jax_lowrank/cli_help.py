@@ -44,7 +44,8 @@ audit.json goes; default: results/NAME-topology.
 """
 
 FINETUNE_HELP = """\
-Fine-tune a checkpoint on a file: text, prompts with completions, chats, or texts with classes.
+Fine-tune a checkpoint on a file: text, prompts with completions, chats, texts with classes, or (an
+encoder) text with hidden tokens.
 
 examples
   jax-lowrank finetune --model ./llama --data pairs.jsonl --rank 16 --learning-rate 1e-4
@@ -52,14 +53,16 @@ examples
 
 what to know
   --method NAME   lora, full, bitfit or head, each with its usual learning rate
+  --task KIND     text, completion, chat or classification, by the columns of the data if not given;
+                  masked-lm hides 15 % of a text's tokens, others in every epoch
   --out DIR       where the run goes; default: under results/. The best epoch by validation is kept
   --track DIR     where training curves for TensorBoard go
   --dry-run       checks everything, prints configuration, sizes and memory, and writes no result;
                   with --devices N the memory on each of N accelerators, from config.json alone
   --distributed   this is one of several processes of one run; see tpu_scripts/README.md
   --model DIR     may hold a PEFT adapter: training goes on from it, beside its base model
-  short for dotted fields: --model, --data, --validation, --test, --rank, --learning-rate,
-  --epochs, --batch-size, --max-length
+  short for dotted fields: --model, --data, --task, --validation, --test, --rank,
+  --learning-rate, --epochs, --batch-size, --max-length
 """
 
 GENERATE_HELP = """\

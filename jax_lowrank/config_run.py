@@ -14,7 +14,7 @@ from jax_lowrank.config import (
     require,
 )
 
-DATA_KINDS = ("auto", "text", "completion", "chat", "classification")
+DATA_KINDS = ("auto", "text", "completion", "chat", "classification", "masked-lm")
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,8 @@ class RowsSpec:
     path: str = ""
     """.jsonl, .csv, .tsv or .txt (also .gz), a directory, hub:OWNER/NAME or hub:OWNER/NAME/FILE."""
     kind: str = "auto"
-    """text, completion, chat or classification; auto goes by the columns."""
+    """text, completion, chat, classification or masked-lm (text for an encoder, some of its tokens
+    hidden); auto goes by the columns."""
     columns: ColumnSpec = ColumnSpec()
     split_column: str = ""
     """A column that says train, validation (dev) or test."""

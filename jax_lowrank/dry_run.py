@@ -31,7 +31,7 @@ def finetuning(job: finetune.Job) -> str:
     )
     lowered = train.run_steps.lower(
         apply=program.apply,
-        loss=finetune.loss_for(job.data.kind),
+        loss=train.LOSSES[job.start.base.head.kind],
         optimizer=program.optimizer,
         accumulate=spec.train.accumulate,
         trainable=trainable,

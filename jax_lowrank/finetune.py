@@ -19,7 +19,7 @@ import jax
 import numpy as np
 from safetensors.numpy import save_file
 
-from jax_lowrank import data, models, provenance, results, sharding, train
+from jax_lowrank import data, masking, models, provenance, results, sharding, train
 from jax_lowrank.adapt import lora
 from jax_lowrank.adapt.method import count, dtypes
 from jax_lowrank.checkpoint import Checkpoints
@@ -108,7 +108,9 @@ def read_data(spec: DataSpec) -> text.Data:
 
 def head_for(kind: str, classes: tuple[str, ...]) -> Head:
     """The head that examples of a kind ask for."""
-    return Head("classification", classes) if kind == "classification" else Head("causal-lm")
+    if kind == "classification":
+        return Head(kind, classes)
+    return Head("masked-lm" if kind == "masked-lm" else "causal-lm")
 
 
 def check_length(max_length: int, model: models.Model) -> None:
@@ -191,12 +193,10 @@ def make_batches(job: Job):
     )
     if job.data.kind == "classification":
         return data.LabelledBatches(make(least=1), job.data.splits["train"].labels)
+    if job.data.kind == "masked-lm":
+        rows = make(least=1, counted=encoded.counted)
+        return masking.MaskedBatches(rows, encode.masker_of(job.text.tokenizer))
     return make(counted=encoded.counted)
-
-
-def loss_for(kind: str) -> Callable:
-    """The training loss of a kind of examples."""
-    return train.classification_loss if kind == "classification" else train.causal_lm_loss
 
 
 def execute(job: Job, note: Callable[[str], None], curves: Path | None = None) -> dict:
@@ -269,7 +269,7 @@ def train_and_write(
             validate=validate,
             log=progress_log(progress, spec.method.label, log, curves),
             key=jax.random.key(spec.seed),
-            loss=loss_for(job.data.kind),
+            loss=train.LOSSES[job.start.base.head.kind],
             checkpoints=checkpoints,
         )
     kept = sharding.put(fitted.trainable, job.start.mesh)

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_lowrank import sharding
+from jax_lowrank import masking, sharding
 from jax_lowrank.data import pad_left
 
 
@@ -73,6 +73,27 @@ def likelihood(
     for rows, values in sharding.fetch(blocks):
         nll[rows] = values[: len(rows)]
     return Likelihood(nll, np.array([sum(map(bool, c[1:])) for c in counted], np.int32))
+
+
+@functools.partial(jax.jit, static_argnames="apply")
+def _hidden_nll(apply, states, batch):
+    return (apply(*states).nll(*batch[:4]) * batch.weights).sum(1)
+
+
+def masked_likelihood(
+    apply: Callable, states, texts: Sequence[masking.Hidden], *, batch_size: int, pad_id: int
+) -> Likelihood:
+    """-log p of the hidden tokens of each text, given what is left of it, in float32."""
+    nll = np.zeros(len(texts), np.float32)
+    batch_size = sharding.up_to_shards(batch_size, sharding.mesh_of(states))
+    blocks = []
+    for rows, *both in _right_padded([text.tokens for text in texts], batch_size, pad_id):
+        spots = masking.spots([texts[row] for row in rows], *both[0].shape)
+        batch = sharding.put_rows(masking.MaskedBatch(*both, *spots), states)
+        blocks.append((rows, _hidden_nll(apply, states, batch)))
+    for rows, values in sharding.fetch(blocks):
+        nll[rows] = values[: len(rows)]
+    return Likelihood(nll, np.array([len(text.places) for text in texts], np.int32))
 
 
 def _right_padded(sequences, batch_size, pad_id):

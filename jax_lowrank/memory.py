@@ -22,7 +22,9 @@ from jax_lowrank.adapt.method import Method, bind
 from jax_lowrank.config import TrainSpec
 from jax_lowrank.config_run import FinetuneSpec
 from jax_lowrank.data import Batch, LabelledBatch
+from jax_lowrank.masking import MaskedBatch, num_hidden
 from jax_lowrank.models import attention
+from jax_lowrank.models.head import Head
 
 
 class Sizes(NamedTuple):
@@ -63,7 +65,7 @@ def plan(spec: FinetuneSpec, devices: int) -> str:
     t = spec.train
     sharding.check_rows("train.batch_size", t.batch_size, t.accumulate, sizes)
     dtype = jnp.dtype("bfloat16" if spec.model.dtype == "auto" else spec.model.dtype)
-    model = models.abstract(raw, dtype)
+    model = models.abstract(raw, dtype, planned_head(spec.data.kind, raw))
     method = METHODS[spec.method.name](**spec.method.options())
     lines = [
         f"{spec.method.label} of {spec.model.path} on {sharding.shown(mesh)}, {t.batch_size} x"
@@ -83,6 +85,16 @@ def plan(spec: FinetuneSpec, devices: int) -> str:
     return "\n".join(lines)
 
 
+def planned_head(kind: str, raw: Mapping) -> Head | None:
+    """The head for data of a kind; None for the checkpoint's own. A classifier has 2 classes here,
+    and so has what is put on an encoder's body when nothing is said."""
+    heads = models.family_of(raw["model_type"]).module.HEADS
+    bare = "embedding" in heads and models.stored_head(raw, heads) is None
+    if kind == "classification" or (kind == "auto" and bare):
+        return Head("classification", ("0", "1"))
+    return Head(kind) if kind == "masked-lm" else None
+
+
 def estimate(
     model: models.Model, method: Method, spec: TrainSpec, rows: int, width: int, sizes: Sizes
 ) -> Memory:
@@ -92,8 +104,7 @@ def estimate(
         trainable, method, weight_decay=spec.weight_decay, clip=spec.clip
     )
     opt_state = jax.eval_shape(optimizer.init, trainable)
-    labelled = bool(model.head.labels)
-    loss = train.classification_loss if labelled else train.causal_lm_loss
+    loss = train.LOSSES[model.head.kind]
     local = rows // sharding.row_shards(sizes)
     apply = bind(graphdef, remat=spec.remat)
 
@@ -112,8 +123,9 @@ def estimate(
             key=key,
         )
 
+    batches = batch_shapes(spec.steps_per_call, local, width, model.head.kind)
     jaxpr = jax.make_jaxpr(step)(
-        *(trainable, opt_state, frozen, batch_shapes(spec.steps_per_call, local, width, labelled)),
+        *(trainable, opt_state, frozen, batches),
         jax.ShapeDtypeStruct((spec.steps_per_call,), jnp.float32),
         jax.random.key(0),
     )
@@ -136,15 +148,18 @@ def split(method: Method, model: models.Model) -> tuple[Any, Any, Any]:
     return (found[0], *trees)
 
 
-def batch_shapes(steps: int, rows: int, width: int, labelled: bool) -> Batch | LabelledBatch:
+def batch_shapes(steps: int, rows: int, width: int, kind: str) -> NamedTuple:
     """The batches of one compiled call."""
 
     def shape(dtype, *dims):
         return jax.ShapeDtypeStruct((steps, rows, *dims), dtype)
 
     tokens = shape(jnp.int32, width)
-    if labelled:
+    if kind == "classification":
         return LabelledBatch(tokens, shape(jnp.bool_, width), shape(jnp.int32), shape(jnp.float32))
+    if kind == "masked-lm":
+        spots = (shape(dtype, num_hidden(width)) for dtype in (jnp.int32, jnp.int32, jnp.float32))
+        return MaskedBatch(tokens, shape(jnp.bool_, width), *spots)
     return Batch(tokens, shape(jnp.float32, width))
 
 

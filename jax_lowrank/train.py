@@ -81,6 +81,23 @@ def classification_loss(apply: Callable, trainable: State, frozen: State, batch,
     return nll * batch.weights, batch.weights
 
 
+def masked_lm_loss(apply: Callable, trainable: State, frozen: State, batch, key):
+    """Summed -log p of each row's hidden tokens (B,), in nats, and how many they are (B,).
+
+    `batch`: a masking.MaskedBatch.
+    """
+    nll = apply(trainable, frozen).nll(*batch[:4], key=key)
+    return (nll * batch.weights).sum(1), batch.weights.sum(1)
+
+
+# kind of head -> loss
+LOSSES: dict[str, Callable] = {
+    "causal-lm": causal_lm_loss,
+    "classification": classification_loss,
+    "masked-lm": masked_lm_loss,
+}
+
+
 def make_optimizer(
     trainable: State, method: Method, *, weight_decay: float | jax.Array, clip: float | jax.Array
 ) -> optax.GradientTransformation:

@@ -120,12 +120,11 @@ class Rows(NamedTuple):
 def read_rows(trained: Trained, spec: EvaluateSpec) -> Rows:
     """The examples of a file; a run's own settings come in `spec`. Raises ValueError."""
     head, kind = trained.model.head, spec.data.kind
-    if head.kind == "classification":
-        require(kind in ("auto", head.kind), f"the model classifies, but data.kind is {kind!r}")
-        kind = head.kind
-    else:
-        usable = head.kind == "causal-lm" and kind != "classification"
-        require(usable, f"the model has a {head.kind} head, which cannot do {kind!r}")
+    only = head.kind if head.kind in ("classification", "masked-lm") else None
+    usable = kind in ("auto", only) if only else kind not in ("classification", "masked-lm")
+    usable = usable and head.kind != "embedding"
+    require(usable, f"the model has a {head.kind} head, which cannot do {kind!r}")
+    kind = only or kind
     require(bool(spec.data.path), "no data; give --data FILE")
     limit = trained.model.config.max_positions
     columns = text.Columns(**vars(spec.data.columns))
@@ -177,6 +176,11 @@ def observe(
             apply, states, encoded.sequences, batch_size=batch_size, pad_id=pad_id
         )
         return {"logits": logits, "labels": labels}
+    if kind == "masked-lm":
+        scored = infer.masked_likelihood(
+            apply, states, encoded.hidden, batch_size=batch_size, pad_id=pad_id
+        )
+        return {"nll": scored.nll, "tokens": scored.tokens}
     scored = infer.likelihood(
         apply,
         states,

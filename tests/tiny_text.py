@@ -53,6 +53,25 @@ def checkpoint(directory, *, chat=False, family="gpt2", seed=0):
     return directory
 
 
+def encoder(directory, family="bert", seed=0):
+    """The same of an encoder, whose tokenizer begins and ends a text and has a mask token."""
+    from tokenizers.processors import TemplateProcessing
+
+    words = tokenizer()
+    words.add_special_tokens({"mask_token": "<mask>"})
+    ends = [("<eos>", words.eos_token_id)]
+    words.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<eos> $A <eos>", special_tokens=ends
+    )
+    sizes = {"vocab_size": len(words), "num_layers": 2, "width": 16, "num_heads": 2}
+    sizes |= {"mlp_width": 32, "max_positions": 24, "pad_id": words.pad_token_id}
+    config = models.family_of(family).config(**sizes, model_type=family)
+    model = models.create(family, config, jax.random.key(seed), head=models.Head("masked-lm"))
+    models.save(directory, model, model.params)
+    words.save_pretrained(directory)
+    return directory
+
+
 def jsonl(path, rows):
     """Write rows as JSON lines."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))

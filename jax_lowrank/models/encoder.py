@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
@@ -87,9 +88,21 @@ class Encoder(nnx.Module):
         types: Array | None = None,
     ) -> Array:
         """Logits (B, S, V) in float32 of the token that belongs at each place."""
+        x, _ = self.hidden(tokens, mask, key, segments, types)
+        return self._predicted(x, key)
+
+    def nll(
+        self, tokens: Array, mask: Array, places: Array, targets: Array, key: Array | None = None
+    ) -> Array:
+        """-log p (B, K) in float32 of the targets (B, K) that belong at `places` (B, K)."""
+        x, _ = self.hidden(tokens, mask, key)
+        logits = self._predicted(jnp.take_along_axis(x, places[..., None], axis=1), key)
+        picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+        return jax.nn.logsumexp(logits, axis=-1) - picked
+
+    def _predicted(self, x: Array, key: Array | None) -> Array:
         if self.predictor is None:
             raise ValueError("the model has no masked-lm head; load it with one")
-        x, _ = self.hidden(tokens, mask, key, segments, types)
         return self.predictor(x, self.embed.table[...], key)
 
     def classify(

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from jax_lowrank import data
+from jax_lowrank import data, masking
 from jax_lowrank.tasks.task import TaskError
 
 
@@ -11,11 +11,13 @@ class Encoded(NamedTuple):
     """Token ids of N examples, cut to the longest length allowed.
 
     counted: for each token whether predicting it counts; None: all (and for classification, none).
+    hidden: of masked-lm the texts as they are measured, always the same of a text and its number.
     """
 
     sequences: list[list[int]]
     counted: list[list[bool]] | None
     num_truncated: int
+    hidden: list[masking.Hidden] | None = None
 
 
 def encode(
@@ -37,6 +39,8 @@ def encode(
     v = text
     if kind == "classification":
         return _with_own_special_tokens(ids, inputs, v, max_length)
+    if kind == "masked-lm":
+        return _with_hidden_tokens(ids, inputs, v, max_length)
     if kind == "text":
         tokens = data.tokenize(
             v.tokenizer,
@@ -160,6 +164,29 @@ def _with_own_special_tokens(
     _check_vocabulary(ids, sequences, v.vocab_size)
     num_truncated = sum(len(tokens) > max_length for tokens in whole)
     return Encoded([list(tokens) for tokens in sequences], None, num_truncated)
+
+
+def masker_of(tokenizer: Any) -> masking.Masker:
+    """What hides the tokens of a masked-lm run. Raises TaskError where there is no such token."""
+    if getattr(tokenizer, "mask_token_id", None) is None:
+        raise TaskError("the tokenizer has no mask token; masked-lm needs an encoder's")
+    return masking.Masker(tokenizer.mask_token_id, len(tokenizer))
+
+
+def _with_hidden_tokens(
+    ids: Sequence[str], texts: Sequence[str], v: Any, max_length: int
+) -> Encoded:
+    masker, special = masker_of(v.tokenizer), set(v.tokenizer.all_special_ids)
+    plain = _with_own_special_tokens(ids, texts, v, max_length)
+    counted = [[token not in special for token in tokens] for tokens in plain.sequences]
+    for row_id, usable in zip(ids, counted):
+        if not any(usable):
+            raise TaskError(f"{row_id}: all of its {len(usable)} tokens are special; none to hide")
+    hidden = [
+        masker.hide(tokens, usable, (number,))
+        for number, (tokens, usable) in enumerate(zip(plain.sequences, counted))
+    ]
+    return Encoded(plain.sequences, counted, plain.num_truncated, hidden)
 
 
 def _check_vocabulary(ids: Sequence[str], sequences: Sequence[list[int]], size: int) -> None:

@@ -1,6 +1,7 @@
 """Examples for one fine-tuning run: files, directories and hub data sets to checked splits.
 
-An example is plain text, a prompt with its completion, a conversation, or a text with a class.
+An example is plain text (of which a masked-lm run hides a part), a prompt with its completion, a
+conversation, or a text with a class.
 """
 
 import hashlib
@@ -22,7 +23,7 @@ from jax_lowrank.tasks.readers import (
 )
 from jax_lowrank.tasks.task import TaskError
 
-KINDS = ("text", "completion", "chat", "classification")
+KINDS = ("text", "completion", "chat", "classification", "masked-lm")
 SPLITS = {
     "train": "train",
     "training": "train",
@@ -50,8 +51,9 @@ COLUMNS = Columns()
 class Examples(NamedTuple):
     """N examples in file order.
 
-    inputs: a string (text, classification), a pair (prompt, completion), or a list of messages with
-    `role` and `content`. labels: (N,) int32, the number of the class; empty for other kinds.
+    inputs: a string (text, classification, masked-lm), a pair (prompt, completion), or a list of
+    messages with `role` and `content`. labels: (N,) int32, the number of the class; empty for other
+    kinds.
     """
 
     ids: tuple[str, ...]
@@ -224,7 +226,7 @@ def find_kind(kind: str, table: Table, path: str, columns: Columns) -> str:
                 " --data.columns.text COLUMN and the like"
             )
         return fitting[0]
-    for name in needs[kind]:
+    for name in needs["text" if kind == "masked-lm" else kind]:
         require_column(path, rows, name)
     return kind
 
@@ -262,7 +264,7 @@ def parse_labelled(table: Table, path: str, columns: Columns, classes: Sequence[
 def parse(table: Table, path: str, kind: str, columns: Columns) -> Examples:
     """Examples of one kind; rows of blank text are left out. Raises TaskError naming the row."""
     find_kind(kind, table, path, columns)
-    read = {"text": _text, "completion": _completion, "chat": _chat}[kind]
+    read = {"completion": _completion, "chat": _chat}.get(kind, _text)
     found = [(row_id, read(row_id, row, columns)) for row_id, row in table]
     found = [(row_id, example) for row_id, example in found if example]
     if not found:
