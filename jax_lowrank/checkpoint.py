@@ -114,10 +114,7 @@ class Checkpoints:
             raise error
 
     def save(self, step: int, state: Any, facts: Mapping[str, Any]) -> None:
-        """Begin to save a tree of arrays and what JSON can hold.
-
-        Both may be changed afterwards, and jax arrays donated.
-        """
+        """Begin to save a tree of arrays and JSON; both may be changed afterwards, and donated."""
         self.wait()
         if step == self._newest:
             return
@@ -268,6 +265,7 @@ def _orbax() -> ocp.Context:
     """Orbax's settings: it writes what `_kept` holds, uncopied, and loads what it is asked for."""
     context = ocp.Context()
     context.memory.deepcopy_host_arrays = False
+    context.array.saving.use_compression = False  # 8 % smaller, for a copy and 4 times the time
     context.pytree.loading.partial_load = True
     return context
 

@@ -204,7 +204,7 @@ def test_a_save_is_read_back_in_parts(tmp_path, monkeypatch):
         return load(path, like)
 
     monkeypatch.setattr(checkpoint.ocp, "load", counted)
-    state = {name: np.full(size, size, np.int8) for name, size in SIZES.items()}
+    state = {name: np.full(size, size, np.uint8) for name, size in SIZES.items()}
     with opened(tmp_path) as checkpoints:
         checkpoints.save(1, state, {})
     assert asked == [{"a": 40, "b": 60}, {"c": 200}, {"d": 1, "e": 99}]
