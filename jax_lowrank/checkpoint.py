@@ -27,7 +27,7 @@ from orbax.checkpoint import v1 as ocp
 
 MANIFEST = "manifest.json"
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-READ_BYTES = 1 << 26  # of arrays that are in memory twice while a save is read back
+READ_BYTES = 1 << 25  # of arrays that are in memory twice while a save is read back
 
 
 class CheckpointError(OSError):

@@ -82,10 +82,7 @@ def classification_loss(apply: Callable, trainable: State, frozen: State, batch,
 
 
 def masked_lm_loss(apply: Callable, trainable: State, frozen: State, batch, key):
-    """Summed -log p of each row's hidden tokens (B,), in nats, and how many they are (B,).
-
-    `batch`: a masking.MaskedBatch.
-    """
+    """Summed -log p of each row's hidden tokens (B,) of a masking.MaskedBatch, and their number."""
     nll = apply(trainable, frozen).nll(*batch[:4], key=key)
     return (nll * batch.weights).sum(1), batch.weights.sum(1)
 
