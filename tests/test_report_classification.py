@@ -15,7 +15,7 @@ from test_report_page import _read
 from jax_lowrank.evaluation import calibration
 from jax_lowrank.report import grid as grids
 from jax_lowrank.report import kinds
-from jax_lowrank.report.classification import claims, effects, numbers, page
+from jax_lowrank.report.classification import claims, effects, figures, numbers, page
 
 
 @pytest.fixture(scope="module")
@@ -164,6 +164,17 @@ def test_the_page_is_well_formed_and_says_what_is_missing(html):
     assert set(anchors) <= targets
     for word in ("unbiased", "debiased", "solved"):
         assert word not in text.lower()
+
+
+def test_a_study_that_has_just_begun_has_a_page(study):
+    result = study[1]._replace(runs=study[1].runs[:2])  # the base, one run that tries a rate
+    assert [run.record["kind"] for run in result.runs] == ["base", "tune"]
+    case = numbers.arrange(result)
+    assert "No run of a method has finished." in page.render(case, claims.from_case(case))
+    head = study[1]._replace(runs=study[1].runs[:5])  # and head-only training
+    case = numbers.arrange(head)
+    assert list(case.outputs) == ["head only"] and not claims.from_case(case)
+    assert figures.by_size(case, {"head only": numbers.group_rows(case, "head only")}).panels
 
 
 def test_the_files_hold_every_run(study, html):

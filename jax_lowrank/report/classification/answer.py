@@ -21,6 +21,8 @@ def answer(
     case: Case, summary: dict[str, dict[str, Estimate]], found: list[Claim], gaps: list[Gap]
 ) -> list[str]:
     """A few sentences that say no more than the claims' verdicts do."""
+    if not case.outputs:
+        return ["No run of a method has finished."]
     said = [_levels(case, summary)]
     if found:
         said.append("LoRA against full fine-tuning on the same rows and seeds: " + _tallies(found))

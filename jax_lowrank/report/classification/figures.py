@@ -32,6 +32,8 @@ def all_figures(
     pairs: list[effects.Effects],
 ) -> list[Figure]:
     """Every figure that the runs allow, in the order of the page."""
+    if not case.outputs:
+        return []
     made = (
         by_rank(case, summary),
         forest(case, pairs),
@@ -123,8 +125,10 @@ def heat_map(case: Case, apart: list[Distance]) -> Figure:
     return Figure("heat", "Groups against the rest", caption, panels, keys)
 
 
-def reliability(case: Case) -> Figure:
+def reliability(case: Case) -> Figure | None:
     """Observed share against stated probability, by group; a band for calibrated full."""
+    if not roles(case):
+        return None
     wanted = [("all rows", np.ones(case.labels.size, bool))]
     wanted += [(n, case.members[:, g]) for g, n in enumerate(case.names) if case.enough[g]]
     panels = [_reliability_panel(case, name, inside) for name, inside in wanted]
@@ -138,8 +142,10 @@ def reliability(case: Case) -> Figure:
     return Figure("reliability", "Reliability by group", caption, panels, keys_of(case))
 
 
-def by_size(case: Case, groups: dict[str, list[GroupRow]]) -> Figure:
+def by_size(case: Case, groups: dict[str, list[GroupRow]]) -> Figure | None:
     """Accuracy of every group against its number of test rows."""
+    if not roles(case):
+        return None
 
     def draw(axes) -> None:
         for role, label in roles(case).items():
