@@ -82,7 +82,7 @@ def forest(case: Case, pairs: list[effects.Effects]) -> Figure | None:
         return None
     panels = [
         _forest_panel(
-            f"{TITLES[name]}, minus full fine-tuning",
+            f"Difference of {TITLES[name][:1].lower() + TITLES[name][1:]}",
             {_short(pair.label): pair.found[name] for pair in pairs},
             case.settings["margin"],
         )
@@ -148,6 +148,8 @@ def by_size(case: Case, groups: dict[str, list[GroupRow]]) -> Figure | None:
         return None
 
     def draw(axes) -> None:
+        from matplotlib.ticker import FixedLocator, NullLocator
+
         for role, label in roles(case).items():
             rows = [row for row in groups[label][1:] if not np.isnan(row.cells["accuracy"].value)]
             x = np.array([row.size for row in rows], float)
@@ -166,6 +168,10 @@ def by_size(case: Case, groups: dict[str, list[GroupRow]]) -> Figure | None:
                 ms=4.5,
             )
         axes.set_xscale("log")
+        ticks = [n * 10**k for k in range(1, 7) for n in (1, 2, 5)]
+        axes.xaxis.set_major_locator(FixedLocator(ticks))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_major_formatter("{x:,.0f}")
         axes.set_xlabel("test rows of the group")
         axes.set_ylabel("accuracy")
 
@@ -208,6 +214,8 @@ def _forest_panel(title: str, found: dict, margin: float) -> Panel:
     names = list(found)[::-1]
 
     def draw(axes) -> None:
+        from matplotlib.ticker import MaxNLocator
+
         axes.axvspan(-margin, margin, color=COLORS["muted"], alpha=0.12, lw=0)
         axes.axvline(0, color=COLORS["muted"], lw=1)
         for place, name in enumerate(names):
@@ -218,6 +226,7 @@ def _forest_panel(title: str, found: dict, margin: float) -> Panel:
             axes.plot(each.estimate, place, marker="o", color=COLORS["lora"], ms=5)
         axes.set_yticks(range(len(names)), names)
         axes.set_ylim(-0.6, len(names) - 0.4)
+        axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.grid(False, axis="y")
         axes.grid(True, axis="x")
 
