@@ -67,7 +67,7 @@ def imbalanced() -> Study:
 
 
 def smoke() -> Study:
-    """Does it all run? One rank, one learning rate, two seeds, 100 rows; finds nothing out."""
+    """Does it all run? One rank, one learning rate, two seeds, 80 rows; finds nothing out."""
     methods = (
         MethodSpec("head", (1e-2,)),
         MethodSpec("lora", (3e-3,), rank=8, alpha=16.0),
@@ -77,7 +77,7 @@ def smoke() -> Study:
         "hate_speech_smoke",
         methods=methods,
         seeds=(1, 2),
-        rows={"validation_fraction": 0.2, "test_fraction": 0.6, "max_rows": 500},
+        rows={"validation_fraction": 0.2, "test_fraction": 0.6, "max_rows": 400},
         epochs=1,
     )
 
@@ -107,7 +107,7 @@ def study(
         methods=methods,
         train=TrainSpec(epochs=epochs, batch_size=16, max_length=64, weight_decay=1e-3),
         seeds=seeds,
-        evaluate=EvalSpec(batch_size=64, positive="toxic", minimum=20, num_resamples=2000),
+        evaluate=EvalSpec(batch_size=128, positive="toxic", minimum=20, num_resamples=2000),
     )
 
 
