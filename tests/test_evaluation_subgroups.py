@@ -281,6 +281,18 @@ def test_levels_are_the_mean_gaps_with_the_errors_of_a_comparison():
     assert width == pytest.approx(paired_width, rel=0.15)
 
 
+def test_seeds_that_differ_widen_the_limits_of_a_level():
+    label, predicted, members = data(n=600, runs=1)
+    mixed = np.where(np.arange(600) % 2, predicted[0], label)
+    same = np.stack([mixed, mixed, mixed])
+    apart = np.stack([label, mixed, predicted[0]])
+    narrow, wide = (
+        subgroups.levels(label, each, members, num_resamples=200) for each in (same, apart)
+    )
+    k = narrow.names.index("worst_accuracy")
+    assert wide.high[k] - wide.low[k] > 3 * (narrow.high[k] - narrow.low[k])
+
+
 def test_equivalence_equals_statsmodels():
     frozen = FROZEN["equivalence"]
     d = np.array(frozen["a"]) - np.array(frozen["b"])
