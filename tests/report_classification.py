@@ -30,7 +30,7 @@ def write(directory, *, skill=SKILL, unfair=(), seeds=(1, 2, 3), ranks=RANKS, nu
         tuple(methods),
         TrainSpec(),
         seeds=seeds,
-        evaluate=EvalSpec(num_resamples=100, minimum=10),
+        evaluate=EvalSpec(num_resamples=200, minimum=10),
     )
     rows = {
         "validation": _rows(NUM_VALIDATION, 1, num_classes),
