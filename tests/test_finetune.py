@@ -14,7 +14,7 @@ from test_tracking import curves
 from tiny_text import jsonl
 
 from jax_lowrank import cli, data, finetune, infer, models, train, trained
-from jax_lowrank.adapt.method import bind
+from jax_lowrank.adapt.method import bind, count
 from jax_lowrank.config import MethodSpec, TrainSpec
 from jax_lowrank.config_run import CheckpointSpec, DataSpec, FinetuneSpec
 from jax_lowrank.models.head import Head
@@ -97,7 +97,8 @@ def test_a_run_learns_and_says_what_it_did(folder, kind):
     held_out = metrics_of(record, "validation")[name]["value"]
     assert held_out == pytest.approx(record["validation_loss"])
     assert record["environment"]["jax"] and record["peak_memory_mb"] > 50
-    assert record["dtypes"]["trainable"] == ["float32"]
+    kept = [] if METHOD[kind] == "full" else ["float32"]
+    assert record["dtypes"] == {"trainable": ["float32"], "frozen": kept}
     assert record["effective_scale"] == (2.0 if METHOD[kind] == "lora" else None)
     assert set(record["effective_scales"].values()) == ({2.0} if METHOD[kind] == "lora" else set())
     splits = json.loads((run / "splits.json").read_text())
@@ -390,10 +391,13 @@ def test_the_guards_are_said_before_training(folder, tmp_path, monkeypatch, caps
         raise train.DivergedError(3, float("nan"))
 
     monkeypatch.setattr(finetune, "fit", stop)
-    code, _, err = run(arguments(folder, tmp_path / "out"), monkeypatch, capsys)
+    line = arguments(folder, tmp_path / "out", "--model.dtype", "bfloat16")
+    code, _, err = run(line, monkeypatch, capsys)
     assert code == 1 and "loss is nan at step 3" in err and "nothing was written" in err
     assert "completion: train 22 rows; validation 2 rows" in err
-    assert "LoRA r=8: trains 3,072 of" in err and "at scale 2; trainable float32, frozen" in err
+    total = count(models.load(folder / "model").params)
+    assert f"LoRA r=8: trains 3,072 of {total:,} parameters at scale 2;" in err
+    assert "trainable float32, frozen bfloat16; learning rate 0.01" in err
 
 
 def test_generation(folder, monkeypatch, capsys):

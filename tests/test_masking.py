@@ -15,6 +15,9 @@ from tiny import apply_of, assert_close
 from jax_lowrank import data, infer, masking, models, train
 from jax_lowrank.adapt import METHODS
 from jax_lowrank.masking import MaskedBatch, Masker
+from jax_lowrank.study.prepare import load_text
+from jax_lowrank.tasks import encode
+from jax_lowrank.tasks.task import TaskError
 
 MASKER = Masker(mask_id=99, num_tokens=60)
 
@@ -205,6 +208,20 @@ def test_a_run_learns_and_is_measured_again(folder, tmp_path, monkeypatch, capsy
     ]
     assert files[0][1]["value"] == pytest.approx(files[1][1]["value"], rel=1e-5)
     assert files[0][1]["n"] == 60
+
+
+def test_special_tokens_are_never_hidden(folder):
+    words = load_text(folder / "model")
+    texts = ["the cat", "what is unheard of ?"]
+    encoded = encode.encode("masked-lm", ("a", "b"), texts, words, max_length=16)
+    begin = words.tokenizer.bos_token_id
+    assert [s[0] == s[-1] == begin for s in encoded.sequences] == [True, True]
+    assert encoded.counted[0] == [False, True, True, False]
+    assert encoded.counted[1] == [False, True, True, False, False, True, False]  # two are unknown
+    for sequence, hidden in zip(encoded.sequences, encoded.hidden, strict=True):
+        assert sequence[hidden.places[0]] == hidden.targets[0] != begin
+    with pytest.raises(TaskError, match="b: all of its 4 tokens are special"):
+        encode.encode("masked-lm", ("a", "b"), ["the", "un known"], words, max_length=16)
 
 
 def test_what_cannot_be_masked_is_refused(folder, tmp_path, monkeypatch, capsys):

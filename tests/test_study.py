@@ -75,6 +75,10 @@ def test_every_run_is_there_with_its_guards(finished):
     assert lora["trainable_parameters"] == 2 * 2 * ((32 + 96) + (32 + 32) + 2 * (32 + 64))
     assert lora["effective_scale"] == 8.0
     assert lora["dtypes"] == {"trainable": ["float32"], "frozen": ["float32"]}
+    full = study.runs[-1].record
+    assert full["dtypes"] == {"trainable": ["float32"], "frozen": []}
+    assert full["effective_scale"] is None
+    assert full["trainable_parameters"] == full["total_parameters"] == lora["total_parameters"]
     assert lora["environment"]["jax"] and lora["padding_fraction"] < 0.2
 
 
