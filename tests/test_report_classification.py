@@ -73,6 +73,10 @@ def test_groups_with_too_few_rows_stay_with_their_reason(case):
     rate = (each.predictions[:, negatives] == 1).mean()
     assert small.cells["fpr"].value == pytest.approx(rate)
     assert small.cells["fpr"].n == negatives.sum() and small.size == inside.sum()
+    positives = inside & (case.labels == 1)
+    rate = (each.predictions[:, positives] == 1).mean()
+    assert small.cells["tpr"].value == pytest.approx(rate)
+    assert small.cells["tpr"].n == positives.sum()
     assert small.cells["ece"].expected > 0
 
 

@@ -118,7 +118,7 @@ def test_other_labels_are_another_study(finished, monkeypatch, capsys):
 
 
 def test_one_line_says_accuracy_and_the_worst_group_that_counts():
-    groups = np.array([[1, 0, 1], [1, 1, 0], [1, 1, 0], [0, 1, 0]], bool)
+    groups = np.array([[1, 0, 0], [1, 1, 0], [1, 1, 0], [0, 1, 1]], bool)
     test = SimpleNamespace(groups=groups, labels=np.array([0, 1, 0, 1]))
     study = SimpleNamespace(evaluate=SimpleNamespace(minimum=3))
     prepared = SimpleNamespace(task=SimpleNamespace(splits={"test": test}), study=study)
