@@ -221,7 +221,11 @@ def _inside(op: Op, size: Callable[[Any], int]) -> int:
     """What an operation needs beside its inputs and outputs while it runs."""
     p = op.params
     if op.name == "scan":
-        body, consts, carry = p["jaxpr"], p["num_consts"], p["num_carry"]
+        body = p["jaxpr"]
+        if "ft_in" in p:  # jax 0.12
+            consts, carry, _ = map(len, p["ft_in"].unpack())
+        else:
+            consts, carry = p["num_consts"], p["num_carry"]
         slices = sum(size(var.aval) for var in body.jaxpr.invars[consts + carry :])
         return slices + peak(body, size, range(consts, len(body.jaxpr.invars)))
     if op.name == "while":
