@@ -13,7 +13,6 @@ import hashlib
 import json
 import os
 import shutil
-import signal
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -25,8 +24,10 @@ import jax.numpy as jnp
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
+from jax_lowrank.processes import anywhere, is_first, once, raise_together
+from jax_lowrank.signals import caught
+
 MANIFEST = "manifest.json"
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
 READ_BYTES = 1 << 25  # of arrays that are in memory twice while a save is read back
 
 
@@ -49,9 +50,13 @@ class Checkpoints:
     """The checkpoints of one run in `directory`; the newest `keep` good ones stay.
 
     seconds: between two saves; what is lost when the process is killed. note: gets a line for
-    everything that is refused. Inside `with`, SIGTERM and SIGINT only set `asked`: the training
-    loop saves and raises Interrupted. A second signal ends the process at once. A save that fails
-    in the background raises CheckpointError at the next `due`, or when the block is left.
+    everything that is refused. Inside `with`, SIGTERM and SIGINT make the next `due` set `asked`:
+    the training loop saves and raises Interrupted. A second signal ends the process at once. A save
+    that fails in the background raises CheckpointError at the next `due`, or when the block is
+    left.
+
+    Several processes ask, save and restore together, and get the same answers; the first one
+    verifies, signs and deletes.
     """
 
     def __init__(
@@ -65,7 +70,7 @@ class Checkpoints:
     ):
         self.directory, self.fingerprint = Path(directory).absolute(), fingerprint
         self.seconds, self.note, self.keep = seconds, note, keep
-        self.asked = False
+        self.asked = self._signalled = False
         self._newest = -1  # the step of the newest good one
         self._writer: threading.Thread | None = None
         self._error: Exception | None = None
@@ -74,7 +79,7 @@ class Checkpoints:
     def __enter__(self) -> Checkpoints:
         self._last = time.monotonic()
         self._signals = contextlib.ExitStack()
-        self._signals.enter_context(_caught(self._ask))
+        self._signals.enter_context(caught(self._ask))
         return self
 
     def __exit__(self, kind, error, trace) -> None:
@@ -84,34 +89,30 @@ class Checkpoints:
                 self.note(str(self._error))
         if kind is None:
             self.check()
+            (self.asked,) = anywhere(self._signalled)
             if self.asked:  # too late for the loop to see
                 raise Interrupted("stopped at the end of training")
 
     def _ask(self) -> None:
-        self.asked = True
+        self._signalled = True
 
     # ---------------------------------------------------------------------------------- saving
 
     def due(self) -> bool:
         """Whether to save now: the time is over, or a signal asked for it.
 
-        Raises CheckpointError where the last save failed. Several processes answer alike.
+        Raises CheckpointError where the last save failed.
         """
         self.check()
         busy = self._writer is not None and self._writer.is_alive()
-        now = self.asked or (not busy and time.monotonic() - self._last >= self.seconds)
-        if jax.process_count() > 1:
-            from jax.experimental import multihost_utils
-
-            flags = np.array([now, self.asked])
-            now, self.asked = multihost_utils.process_allgather(flags).any(0).tolist()
-        return now
+        now = not busy and time.monotonic() - self._last >= self.seconds
+        now, self.asked = anywhere(now, self._signalled)
+        return now or self.asked
 
     def check(self) -> None:
         """Raise what went wrong in the background, once."""
         error, self._error = self._error, None
-        if error is not None:
-            raise error
+        raise_together(error)
 
     def save(self, step: int, state: Any, facts: Mapping[str, Any]) -> None:
         """Begin to save a tree of arrays and JSON; both may be changed afterwards, and donated."""
@@ -121,9 +122,7 @@ class Checkpoints:
         path = self.directory / f"{step:08d}"
         host = {name: _kept(leaf) for name, leaf in _named(state).items()}
         try:
-            if jax.process_index() == 0:
-                self.directory.mkdir(parents=True, exist_ok=True)
-                _delete(path)  # one that was refused
+            once(lambda: self._make_room(path))
             with _orbax():
                 response = ocp.save_async(path, host)
         except Exception as error:
@@ -137,13 +136,17 @@ class Checkpoints:
         self._writer = threading.Thread(target=self._finish, args=arguments)
         self._writer.start()
 
+    def _make_room(self, path: Path) -> None:
+        self.directory.mkdir(parents=True, exist_ok=True)
+        _delete(path)  # one that was refused
+
     def _finish(self, path: Path, response, host: dict, content: dict) -> None:
         """In the background: wait for Orbax, read back what it wrote, and only then sign it."""
         try:
             response.result()
             if not any(isinstance(leaf, jax.Array) for leaf in host.values()):
                 _compare(path, host)
-            if jax.process_index() == 0:
+            if is_first():
                 content["files"] = _hashes(path)
                 _write_manifest(path, content)
                 self._read(path)
@@ -178,6 +181,9 @@ class Checkpoints:
     def remove(self) -> None:
         """Delete all of them: the run is finished."""
         self._join()
+        once(self._delete_all)
+
+    def _delete_all(self) -> None:
         for path in self._found():
             _delete(path)
         shutil.rmtree(self.directory, ignore_errors=True)
@@ -190,10 +196,10 @@ class Checkpoints:
         Arrays get the shapes, dtypes and shardings of those in `like`; NumPy arrays stay on the
         host, read-only. What is damaged or of another run is named in a note and passed over.
         """
-        for path in self._found():
+        for path in map(Path, once(lambda: list(map(str, self._found())))):
             try:
-                content = self._read(path)
-                state = _load(path, like)
+                content = once(lambda path=path: self._read(path))
+                state = _load_together(path, like)
             except Exception as error:  # whatever is wrong with one, an older one may be good
                 reason = " ".join(str(error).split())[:300]
                 self.note(f"checkpoint {path} is not used: {reason}")
@@ -294,6 +300,16 @@ def _load(path: Path, like: Any) -> Any:
     return jax.tree.unflatten(jax.tree.structure(like), [loaded[name] for name in named])
 
 
+def _load_together(path: Path, like: Any) -> Any:
+    """`_load` that fails in every process where it fails in one."""
+    try:
+        state, error = _load(path, like), None
+    except Exception as problem:
+        state, error = None, problem
+    raise_together(error)
+    return state
+
+
 def _compare(path: Path, host: dict[str, np.ndarray]) -> None:
     """Raise CheckpointError unless the disk holds the very bits of `host`."""
     for names in _groups(host):
@@ -355,44 +371,3 @@ def _delete(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def _caught(ask: Callable[[], None]):
-    """The first SIGTERM or SIGINT calls `ask`; the second ends the process with 128 + its number.
-
-    A thread listens: Python's own handlers wait until a compiled call returns. Elsewhere than in
-    the main thread, signals are left alone.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    reader, writer = os.pipe()
-    os.set_blocking(writer, False)
-
-    def listen() -> None:
-        asked = False
-        while (byte := os.read(reader, 1)) != b"\0":
-            if byte[0] not in SIGNALS:
-                continue
-            if asked:
-                os._exit(128 + byte[0])
-            asked = True
-            os.write(2, b"stopping: saving a checkpoint; once more to stop at once\n")
-            ask()
-
-    listener = threading.Thread(target=listen, daemon=True)
-    listener.start()
-    # Their handler asks as well: an event loop may have taken over the pipe for a moment.
-    previous = {number: signal.signal(number, lambda *_: ask()) for number in SIGNALS}
-    wakeup = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    try:
-        yield
-    finally:
-        signal.set_wakeup_fd(wakeup)
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-        os.write(writer, b"\0")
-        listener.join()
-        os.close(reader)
-        os.close(writer)

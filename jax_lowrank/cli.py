@@ -15,6 +15,7 @@ from jax_lowrank.cli_arguments import (
     split_target,
     take_curves,
     take_flag,
+    take_folder,
     take_option,
 )
 from jax_lowrank.cli_help import (
@@ -25,7 +26,7 @@ from jax_lowrank.cli_help import (
     GENERATE_HELP,
     HELP,
 )
-from jax_lowrank.processes import join, set_up_jax, use_fast_memory
+from jax_lowrank.processes import is_first, join, once, set_up_jax, use_fast_memory
 
 SHORT = {
     "--model": "--model.path",
@@ -91,9 +92,7 @@ def fail(message: str, code: int = 2) -> int:
 
 def note(text: str) -> None:
     """A line of progress; of several processes the first one speaks."""
-    import jax
-
-    if jax.process_index() == 0:
+    if is_first():
         print(text, file=sys.stderr, flush=True)
 
 
@@ -107,7 +106,7 @@ def study_command(args: list[str]) -> int:
         if not config:
             print(HELP)
             return 0
-        out, rest = take_option(rest, "--out")
+        out, rest = take_folder(rest, "--out")
         part, rest = take_option(rest, "--shard")
         curves, rest = take_curves(rest)
         shard = shard_of(part, os.environ)
@@ -120,18 +119,18 @@ def study_command(args: list[str]) -> int:
         return fail(str(error))
     use_fast_memory()
     set_up_jax()
-    join(distributed, os.environ)
     from jax_lowrank import results
     from jax_lowrank.study import execute, prepare
     from jax_lowrank.train import DivergedError
 
     directory = Path(out or f"results/{study.name}")
     try:
+        join(distributed, os.environ)
         prepared = prepare(study, directory, note)
     except (ValueError, OSError) as error:
         return fail(str(error))
     try:
-        left = execute(prepared, note, shard, curves)
+        left = execute(prepared, note, shard, curves if is_first() else None)
     except results.ResultsError as error:
         return fail(str(error))
     except (DivergedError, OSError) as error:
@@ -139,7 +138,7 @@ def study_command(args: list[str]) -> int:
     if left:
         print(f"this shard is finished; {left} runs of other shards are not: no report yet")
         return 0
-    return write_report(directory)
+    return once(lambda: write_report(directory))
 
 
 def audit_command(args: list[str]) -> int:
@@ -151,7 +150,7 @@ def audit_command(args: list[str]) -> int:
         if not config:
             print(AUDIT_HELP)
             return 0
-        out, rest = take_option(rest, "--out")
+        out, rest = take_folder(rest, "--out")
         steps, rest = take_option(rest, "--steps")
         if rest or not (steps or "20").isdecimal():
             return fail(f"audit-topology does not take {(rest or [steps])[0]!r}; see its --help")
@@ -190,7 +189,7 @@ def finetune_command(args: list[str]) -> int:
         "jax-lowrank finetune [--out DIR] [--track DIR] [--dry-run [--devices N]] [--distributed]"
     )
     try:
-        out, args = take_option(args, "--out")
+        out, args = take_folder(args, "--out")
         name, args = take_option(lengthen(args, {"--method.name": "--method"}), "--method")
         dry, args = take_flag(args, "--dry-run")
         devices, args = take_option(args, "--devices")
@@ -204,11 +203,11 @@ def finetune_command(args: list[str]) -> int:
         return fail(str(error))
     use_fast_memory()
     set_up_jax()
-    join(distributed, os.environ)
     from jax_lowrank import finetune, results
     from jax_lowrank.train import DivergedError
 
     try:
+        join(distributed, os.environ)
         if devices:
             from jax_lowrank import memory
 
@@ -225,7 +224,7 @@ def finetune_command(args: list[str]) -> int:
         return fail(str(error))
     try:
         if record is None:
-            record = finetune.execute(job, note, curves)
+            record = finetune.execute(job, note, curves if is_first() else None)
         else:
             note(f"{job.out} is finished: this run was done before")
     except results.ResultsError as error:
@@ -271,7 +270,7 @@ def evaluate_command(args: list[str]) -> int:
 
     try:
         target, rest = split_target("evaluate", "a run or a model", args)
-        out, rest = take_option(rest, "--out")
+        out, rest = take_folder(rest, "--out")
         dry, rest = take_flag(rest, "--dry-run")
         default = _evaluation_defaults(target) if target else EvaluateSpec()
         rest = lengthen(rest, {"--data": "--data.path"})
@@ -318,7 +317,7 @@ def export_command(args: list[str]) -> int:
         if not run:
             print(EXPORT_HELP)
             return 0
-        out, rest = take_option(rest, "--out")
+        out, rest = take_folder(rest, "--out")
         format, rest = take_option(rest, "--format")
         dry, rest = take_flag(rest, "--dry-run")
         if rest or format is None:

@@ -62,6 +62,19 @@ def take_option(args: list[str], name: str) -> tuple[str | None, list[str]]:
     return None, args
 
 
+def take_folder(args: list[str], name: str) -> tuple[str | None, list[str]]:
+    """As `take_option`, of a folder to write to. Raises ConfigError for an address of a store."""
+    from jax_lowrank.config import require
+
+    folder, args = take_option(args, name)
+    require(
+        folder is None or "://" not in folder,
+        f"{name} {folder} is the address of a store; results and checkpoints need a file system"
+        " with renaming and locks: mount one (such as NFS) and give its folder",
+    )
+    return folder, args
+
+
 def take_flag(args: list[str], name: str) -> tuple[bool, list[str]]:
     """Whether `name` is in args, and the other arguments."""
     return name in args, [arg for arg in args if arg != name]
@@ -71,7 +84,7 @@ def take_curves(args: list[str]) -> tuple[Path | None, list[str]]:
     """The directory of --track, and the other arguments."""
     from jax_lowrank.tracking import require_tensorboard
 
-    directory, args = take_option(args, "--track")
+    directory, args = take_folder(args, "--track")
     if directory is None:
         return None, args
     require_tensorboard()

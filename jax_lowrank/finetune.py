@@ -26,6 +26,7 @@ from jax_lowrank.checkpoint import Checkpoints
 from jax_lowrank.config import fingerprint, plain, require
 from jax_lowrank.config_run import DataSpec, FinetuneSpec
 from jax_lowrank.models.head import Head
+from jax_lowrank.processes import is_first, once
 from jax_lowrank.progress import Progress
 from jax_lowrank.starting import Start, start
 from jax_lowrank.study.parts import Text
@@ -157,7 +158,7 @@ def check_place(place: Path, name: str) -> None:
 
 def finished(job: Job) -> dict | None:
     """The record, when this very run was done before."""
-    return provenance.read_json(job.out / "record.json")
+    return once(lambda: provenance.read_json(job.out / "record.json"))
 
 
 def start_line(job: Job) -> str:
@@ -209,7 +210,7 @@ def execute(job: Job, note: Callable[[str], None], curves: Path | None = None) -
     with claim(place / "claim") as mine:
         if not mine:
             raise results.ResultsError(f"another process is doing this run: {job.out}")
-        results.clear_partial(job.out.absolute())
+        once(lambda: results.clear_partial(job.out.absolute()))
         checkpoints = Checkpoints(
             place / job.fingerprint,
             job.fingerprint,
@@ -217,6 +218,8 @@ def execute(job: Job, note: Callable[[str], None], curves: Path | None = None) -
             note=note,
         )
         try:
+            if record := finished(job):  # by another process, just before
+                return record
             record = train_and_write(job, checkpoints, note, curves)
             checkpoints.remove()
             return record
@@ -224,7 +227,7 @@ def execute(job: Job, note: Callable[[str], None], curves: Path | None = None) -
             checkpoints.remove()
             raise
         finally:
-            if not any(place.glob("*/*")):
+            if is_first() and not any(place.glob("*/*")):
                 shutil.rmtree(place, ignore_errors=True)
 
 
@@ -384,7 +387,7 @@ def write(job: Job, record: dict, log: list[dict], outputs: dict, weights: Mappi
         (partial / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
         np.savez_compressed(partial / "predictions.npz", **predictions)
 
-    results.write_directory(job.out, fill)
+    once(lambda: results.write_directory(job.out, fill))
 
 
 def summary(record: dict) -> list[str]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from typing import TextIO
+
+from jax_lowrank.processes import is_first
 
 
 class Progress:
@@ -16,7 +19,8 @@ class Progress:
 
     def __init__(self, total: int, *, stream: TextIO | None = None, interval: float = 10.0):
         self.total, self.done, self.skipped = total, 0, 0
-        self.stream = sys.stderr if stream is None else stream
+        # Of several processes the first one speaks.
+        self.stream = stream or (sys.stderr if is_first() else open(os.devnull, "w"))  # noqa: SIM115
         self.interval, self.began, self.last = interval, time.monotonic(), -interval
         self.bar = None
 

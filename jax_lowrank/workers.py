@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+from jax_lowrank.processes import once
+
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
@@ -62,7 +64,17 @@ def shard_of(text: str | None, environment: Mapping[str, str]) -> Shard:
 
 @contextlib.contextmanager
 def claim(file: Path) -> Iterator[bool]:
-    """Whether this process alone holds `file` now, until the block is left."""
+    """Whether this program alone holds `file` now, until the block is left.
+
+    Of several processes of a program the first one holds it.
+    """
+    with contextlib.ExitStack() as held:
+        yield once(lambda: held.enter_context(_lock(file)))
+
+
+@contextlib.contextmanager
+def _lock(file: Path) -> Iterator[bool]:
+    """`claim` of this process."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("a") as handle:
         try:

@@ -4,8 +4,11 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
 
+from pathlib import Path
+
 import jax
 import pytest
+from forked import Forks
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -21,3 +24,27 @@ def pytest_configure(config: pytest.Config) -> None:
     if cache is not None:
         jax.config.update("jax_compilation_cache_dir", str(cache.mkdir("jax")))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
+@pytest.fixture(scope="session")
+def environment(tmp_path_factory):
+    """Of commands that tests start and kill; compiled programs are shared by all of them."""
+    cache, root = tmp_path_factory.mktemp("compiled"), Path(__file__).parents[1]
+    return {
+        **os.environ,
+        "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "XDG_CACHE_HOME": str(cache),
+        "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",  # or the command starts itself again
+        "PYTHONPATH": f"{root}:{root / 'tests'}",
+        "OMP_NUM_THREADS": "1",
+    }
+
+
+@pytest.fixture(scope="session")
+def forks(environment, tmp_path_factory):
+    """Starts such commands."""
+    with Forks(environment, tmp_path_factory.mktemp("logs")) as made:
+        yield made

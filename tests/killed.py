@@ -1,16 +1,14 @@
 """A training run in a process of its own, which kills itself at a point that a test chooses.
 
-    python tests/killed.py FOLDER STAGE NUMBER SECONDS
-
-At the NUMBER-th save, finalise or delete a SIGKILL comes after SECONDS, from another thread. With
-stage `run` it comes so long after the training began; with `none` never. At the end the outputs of
-every example, and every array of the last checkpoint, lie in FOLDER.npz.
+Arguments: FOLDER STAGE NUMBER SECONDS. At the NUMBER-th save, finalise or delete a SIGKILL comes
+after SECONDS, from another thread. With stage `run` it comes so long after the training began; with
+`none` never. At the end FOLDER.npz holds the outputs of every example, and every array of the last
+checkpoint.
 """
 
 import os
 import shutil
 import signal
-import sys
 import threading
 import time
 from pathlib import Path
@@ -56,8 +54,9 @@ def slow_delete(path):
             time.sleep(0.002)
 
 
-def main(folder, stage, number, seconds):
+def main(arguments):
     """One session, to its end or to its death."""
+    folder, stage, number, seconds = arguments
     folder, number, seconds = Path(folder), int(number), float(seconds)
     if stage == "save":
         checkpoint.ocp.save_async = dying(checkpoint.ocp.save_async, number, seconds)
@@ -77,6 +76,3 @@ def main(folder, stage, number, seconds):
 
 
 STEPS = 120
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

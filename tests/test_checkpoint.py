@@ -15,7 +15,7 @@ import pytest
 from test_train import corpus, lora_with_dropout
 from tiny import apply_of, same_bytes
 
-from jax_lowrank import checkpoint, train
+from jax_lowrank import checkpoint, signals, train
 from jax_lowrank.checkpoint import CheckpointError, Checkpoints, Interrupted
 
 NAME = "f" * 16
@@ -401,15 +401,15 @@ def test_nothing_is_saved_before_it_is_time(tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_stops(number, tmp_path, capfd):
     send = threading.Timer(0, os.kill, (os.getpid(), number))
-    handlers = [signal.getsignal(n) for n in checkpoint.SIGNALS]
+    handlers = [signal.getsignal(n) for n in signals.SIGNALS]
     checkpoints = opened(tmp_path, seconds=3600)
     with pytest.raises(Interrupted), checkpoints:
         send.start()
-        while not checkpoints.asked:
+        while not checkpoints.due():
             pass
-        assert checkpoints.due()
+        assert checkpoints.asked
         checkpoints.save(1, *numbers(1))
-    assert [signal.getsignal(n) for n in checkpoint.SIGNALS] == handlers
+    assert [signal.getsignal(n) for n in signals.SIGNALS] == handlers
     assert "once more to stop at once" in capfd.readouterr().err
     assert restored(tmp_path)[0] == 1
 

@@ -88,6 +88,7 @@ WRONG = {
     "damaged": ("--model broken --data pairs.jsonl", "model.safetensors cannot be read: "),
     "place": ("{ok} --out file/run", "is not a writable directory"),
     "taken": ("{ok} --out taken", "taken is there and holds no run; choose another --out"),
+    "store": ("{ok} --out gs://bucket/run", "--out gs://bucket/run is the address of a store"),
     "test file": ("{ok} --test labelled.jsonl", "labelled.jsonl: no column 'prompt'"),
 }
 
@@ -125,6 +126,7 @@ OTHERS = {
         "the model has a causal-lm head, which cannot do 'classification'",
     ),
     "config": ("study configs/nothing.py", "no config file 'configs/nothing.py'"),
+    "store": ("study any.py --out=s3://bucket/x", "--out s3://bucket/x is the address of a store"),
     "report": ("report taken more", "report takes one directory"),
 }
 

@@ -1,13 +1,11 @@
 """Real processes, killed at random: what they leave, and what the next one makes of it."""
 
 import json
-import os
 import random
 import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,33 +14,14 @@ from test_study import CONFIG, outputs
 
 from jax_lowrank import results
 
-ROOT = Path(__file__).parents[1]
 SEEDS = {"save": range(6), "finalise": range(7, 11), "delete": range(12, 17), "run": range(18, 25)}
 
 
-@pytest.fixture(scope="module")
-def environment(tmp_path_factory):
-    """Compiled programs are shared by all of the processes here."""
-    cache = tmp_path_factory.mktemp("compiled")
-    return {
-        **os.environ,
-        "JAX_COMPILATION_CACHE_DIR": str(cache),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        "XDG_CACHE_HOME": str(cache),
-        "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",  # or the command starts itself again
-        "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
-        "OMP_NUM_THREADS": "1",
-    }
-
-
-def killed(folder, environment, stage="none", number=1, seconds=0.0):
+def killed(folder, forks, stage="none", number=1, seconds=0.0):
     """Run tests/killed.py; its exit code, -9 for a kill."""
-    line = [sys.executable, ROOT / "tests" / "killed.py", folder, stage, number, seconds]
-    done = subprocess.run([*map(str, line)], env=environment, capture_output=True, text=True)
-    assert done.returncode in (0, -signal.SIGKILL), done.stderr
-    return done.returncode
+    session = forks.start("killed", folder, stage, number, seconds)
+    assert session.wait() in (0, -signal.SIGKILL), session.said()
+    return session.returncode
 
 
 def same(one, other):
@@ -53,57 +32,52 @@ def same(one, other):
 
 
 @pytest.mark.slow
-def test_a_run_killed_at_random_points_ends_with_the_same_bits(tmp_path, environment):
-    assert killed(tmp_path / "whole", environment) == 0
+def test_a_run_killed_at_random_points_ends_with_the_same_bits(tmp_path, forks):
+    assert killed(tmp_path / "whole", forks) == 0
     plans = [(seed, stage) for stage, seeds in SEEDS.items() for seed in seeds]
     random.Random(0).shuffle(plans)
     kills, chain, folder = [], 0, tmp_path / "chain-0"
     for seed, stage in plans:
         rng = random.Random(seed)
         seconds = rng.uniform(0, {"save": 0.04, "run": 2.5}.get(stage, 0.01))
-        if killed(folder, environment, stage, rng.randint(1, 4), seconds) == 0:
+        if killed(folder, forks, stage, rng.randint(1, 4), seconds) == 0:
             assert same(folder, tmp_path / "whole")  # it was over before
             chain, folder = chain + 1, tmp_path / f"chain-{chain + 1}"
         else:
             kills.append((stage, seed))
-    assert killed(folder, environment) == 0 and same(folder, tmp_path / "whole")
+    assert killed(folder, forks) == 0 and same(folder, tmp_path / "whole")
     print(f"{len(kills)} kills: {kills}")
     assert len(kills) >= 20
     assert {stage for stage, _ in kills} == set(SEEDS)
 
 
-def study(config, out, environment, *arguments):
-    """A worker on the study, and the file that it writes its lines to."""
-    line = [sys.executable, "-m", "jax_lowrank", "study", config, "--out", out, *arguments]
-    with open(out.parent / f"worker-{time.monotonic_ns()}.log", "w") as log:
-        streams = {"stdout": log, "stderr": log}
-        return subprocess.Popen([*map(str, line)], env=environment, cwd=ROOT, **streams)
-
-
 @pytest.mark.slow
-def test_four_workers_and_random_kills_do_every_run_once(tmp_path, environment):
+def test_four_workers_and_random_kills_do_every_run_once(tmp_path, forks):
     eager = CONFIG.replace("max_length=24", "max_length=24, checkpoint_seconds=0.0")
     (tmp_path / "tiny.py").write_text(eager)
-    rng, out = random.Random(7), tmp_path / "many" / "out"
-    out.parent.mkdir()
-    (tmp_path / "one").mkdir()
-    one = study(tmp_path / "tiny.py", tmp_path / "one" / "out", environment)
-    assert one.wait(300) == 0
-    workers = [study(tmp_path / "tiny.py", out, environment) for _ in range(4)]
-    num_killed, deadline = 0, time.monotonic() + 300
-    while any(worker.poll() is None for worker in workers):
+
+    def worker(out):
+        return forks.start("jax_lowrank.cli", "study", tmp_path / "tiny.py", "--out", out)
+
+    rng, out = random.Random(7), tmp_path / "many"
+    one = worker(tmp_path / "one")
+    assert one.wait() == 0, one.said()
+    workers = [worker(out) for _ in range(4)]
+    started, num_killed, deadline = [*workers], 0, time.monotonic() + 300
+    while any(each.poll() is None for each in workers):
         assert time.monotonic() < deadline
-        time.sleep(rng.uniform(1, 4))
+        time.sleep(rng.uniform(0.5, 2))
         victim = rng.randrange(4)
         if num_killed < 4 and workers[victim].poll() is None:
-            workers[victim].kill()
+            workers[victim].send_signal(signal.SIGKILL)
             workers[victim].wait()
             num_killed += 1
-            workers[victim] = study(tmp_path / "tiny.py", out, environment)
-    logs = [path.read_text() for path in out.parent.glob("worker-*.log")]
-    assert [worker.returncode for worker in workers] == [0] * 4, "\n".join(logs)
+            workers[victim] = worker(out)
+            started.append(workers[victim])
+    logs = [each.said() for each in started]
+    assert [each.returncode for each in workers] == [0] * 4, "\n".join(logs)
     assert num_killed >= 3
-    expected, found = outputs(tmp_path / "one" / "out"), outputs(out)
+    expected, found = outputs(tmp_path / "one"), outputs(out)
     assert found.keys() == expected.keys() and len(found) == 5
     for name, run in expected.items():
         assert found[name].completions == run.completions
@@ -118,48 +92,31 @@ def test_four_workers_and_random_kills_do_every_run_once(tmp_path, environment):
 
 
 @pytest.fixture(scope="module")
-def finetuning(tmp_path_factory, environment):
+def finetuning(tmp_path_factory, forks):
     """Starts `finetune` on a tiny checkpoint; arguments: where to, and further flags."""
     folder = tmp_path_factory.mktemp("finetuning")
     tiny_text.checkpoint(folder / "model")
     tiny_text.jsonl(folder / "pairs.jsonl", tiny_text.pairs(200))
 
-    def start(out, *flags):
-        line = [sys.executable, "-m", "jax_lowrank", "finetune", "--model", folder / "model"]
-        line += ["--data", folder / "pairs.jsonl", "--out", out, "--epochs", 60, "--rank", 2]
+    def start(out, *flags, **environment):
+        line = ["finetune", "--model", folder / "model", "--data", folder / "pairs.jsonl"]
+        line += ["--out", out, "--epochs", 60, "--rank", 2]
         line += ["--learning-rate", 0.01, "--max-length", 16, *flags]
-        return subprocess.Popen(
-            [*map(str, line)], env=environment, stderr=subprocess.PIPE, text=True, cwd=ROOT
-        )
+        return forks.start("jax_lowrank.cli", *line, **environment)
 
     return start
 
 
-def stopped(process):
-    """(exit code, what is said) of training that is told to stop once it has begun."""
-    with process:
-        for line in process.stderr:
-            if "steps]" in line:
-                break
-        process.send_signal(signal.SIGTERM)
-        said = process.stderr.read()
-        return process.wait(60), said
-
-
-def finished(process):
-    """The exit code at the end."""
-    with process:
-        process.communicate(timeout=120)
-        return process.returncode
-
-
 @pytest.mark.slow
 def test_a_signal_stops_finetune_and_the_same_command_goes_on(tmp_path, finetuning):
-    assert finished(finetuning(tmp_path / "whole")) == 0
-    code, said = stopped(finetuning(tmp_path / "out"))
-    assert code == 75 and "stopped after step" in said and "same command goes on" in said
+    assert finetuning(tmp_path / "whole").wait() == 0
+    run = finetuning(tmp_path / "out")
+    run.until(lambda: "steps]" in run.said())
+    run.send_signal(signal.SIGTERM)
+    assert run.wait() == 75, run.said()
+    assert "stopped after step" in run.said() and "same command goes on" in run.said()
     assert not (tmp_path / "out").exists() and (tmp_path / "out.checkpoints").is_dir()
-    assert finished(finetuning(tmp_path / "out")) == 0
+    assert finetuning(tmp_path / "out").wait() == 0
     assert not (tmp_path / "out.checkpoints").exists()
     whole, out = ({p.name: p for p in (tmp_path / n).iterdir()} for n in ("whole", "out"))
     assert whole.keys() == out.keys()

@@ -29,8 +29,10 @@ POD = {
             "args": [str],
             "env": [{"name*": str, "value": str}],
             "resources": {"requests": "quantities", "limits": "quantities"},
+            "volumeMounts": [{"name*": str, "mountPath*": str}],
         }
     ],
+    "volumes": [{"name*": str, "persistentVolumeClaim": {"claimName*": str}}],
 }
 JOB = {
     "backoffLimit": int,
@@ -100,10 +102,10 @@ def test_a_slice_is_made_used_and_made_again():
         "tpu.sh", "--dry-run", "create", SPOT="0"
     )
     *_, command = commands(
-        printed("tpu.sh", "--dry-run", "run", COMMAND="study x.py", OUT="gs://b")
+        printed("tpu.sh", "--dry-run", "run", COMMAND="study x.py", OUT="/mnt/b")
     )
     assert "--worker=all" in command
-    assert command[-1].endswith("jax-lowrank study x.py --distributed --out gs://b")
+    assert command[-1].endswith("jax-lowrank study x.py --distributed --out /mnt/b")
 
 
 # A preempted slice: gcloud's stand-in says SUSPENDED after the first run, ACTIVE otherwise.
@@ -127,9 +129,9 @@ def test_a_preempted_slice_is_deleted_made_again_and_the_command_repeated(tmp_pa
     (tmp_path / "calls.gone").touch()  # there is no slice yet
     printed("tpu.sh", "keep", PATH=f"{tmp_path}:/usr/bin:/bin", CALLS=str(calls), POLL="0")
     said = [line for line in calls.read_text().splitlines() if "describe" not in line]
-    kinds = ("--distributed", "pip install", "scp", "create", "delete")
+    kinds = ("--distributed", "pip install", "mount", "scp", "create", "delete")
     verbs = [next(kind for kind in kinds if kind in line) for line in said]
-    once = ["create", "scp", "pip install", "--distributed"]
+    once = ["create", "scp", "pip install", "mount", "--distributed"]
     assert verbs == [*once, "delete", *once]
 
 
@@ -182,6 +184,10 @@ def test_manifests_fit_their_schemas(kind):
     assert pod["restartPolicy"] == "Never"  # needed by backoffLimitPerIndex, and JobSet restarts
     (container,) = pod["containers"]
     assert container["resources"]["requests"] == container["resources"]["limits"]
+    (volume,), (mount,) = pod["volumes"], container["volumeMounts"]
+    assert (
+        volume["name"] == mount["name"] and f"--out {mount['mountPath']}/" in container["args"][0]
+    )
     (words,) = container["args"]
     assert ("--distributed" in words) == (kind == "jobset")
     assert ('--shard "$JOB_COMPLETION_INDEX/4"' in words) == (kind == "study")

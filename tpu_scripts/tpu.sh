@@ -15,7 +15,8 @@ ZONE=${ZONE:-us-west4-a}                       # where there is quota for TYPE
 TYPE=${TYPE:-v5litepod-8}                      # accelerator type; 8 chips of v5e
 RUNTIME=${RUNTIME:-v2-alpha-tpuv5-lite}        # software version that fits TYPE
 SPOT=${SPOT:-1}                                # 1: cheaper, may be taken away; 0: on demand
-OUT=${OUT:-gs://my-bucket/lowrank}             # results and checkpoints, seen by all workers
+SHARE=${SHARE:-10.0.0.2:/lowrank}              # NFS export that all workers see; empty: none
+OUT=${OUT:-/mnt/lowrank/$NAME/out}             # results and checkpoints, in SHARE
 COMMAND=${COMMAND:-study configs/demo.py}      # of jax-lowrank; OUT is added
 RESTARTS=${RESTARTS:-20}                       # how often `keep` makes the slice again
 POLL=${POLL:-30}                               # seconds between two looks at the state
@@ -65,6 +66,11 @@ setup() {
     go gcloud compute tpus tpu-vm scp lowrank.tar.gz "$NAME:" "${where[@]}" --worker=all
     on_all "mkdir -p lowrank && tar xzf lowrank.tar.gz -C lowrank && cd lowrank \
 && python3 -m venv .venv && .venv/bin/pip install -q -c constraints.txt -e .[tpu]"
+    if [ -n "$SHARE" ]; then
+        on_all "sudo apt-get install -qqy nfs-common && sudo mkdir -p /mnt/lowrank \
+&& { mountpoint -q /mnt/lowrank || sudo mount -t nfs $SHARE /mnt/lowrank; } \
+&& sudo install -d -m 777 ${OUT%/*}"
+    fi
 }
 
 run() {
@@ -79,18 +85,14 @@ keep() {
             if run; then return; fi
         fi
         echo "$NAME stopped ($made restarts so far)" >&2
-        if [ -n "$dry" ] || [ "$(state)" != ACTIVE ]; then delete || true; fi
+        if [ -n "$dry" ] || [ "$(state)" != ACTIVE ]; then delete || true; else sleep "$POLL"; fi
     done
     echo "$NAME: given up after $RESTARTS restarts" >&2
     return 1
 }
 
 fetch() {
-    case "$OUT" in
-        gs://*) go gcloud storage rsync --recursive "$OUT" "$RESULTS" ;;
-        *) go gcloud compute tpus tpu-vm scp --recurse "$NAME:lowrank/$OUT" "$RESULTS" \
-            "${where[@]}" --worker=0 ;;
-    esac
+    go gcloud compute tpus tpu-vm scp --recurse "$NAME:$OUT" "$RESULTS" "${where[@]}" --worker=0
 }
 
 delete() {

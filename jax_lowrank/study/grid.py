@@ -15,6 +15,7 @@ from jax_lowrank.adapt import METHODS, lora
 from jax_lowrank.adapt.method import Method, count, dtypes
 from jax_lowrank.checkpoint import Checkpoints
 from jax_lowrank.config import MethodSpec, Run, TrainSpec, fingerprint, plain
+from jax_lowrank.processes import once
 from jax_lowrank.progress import Progress
 from jax_lowrank.study.parts import Examples, Prepared
 from jax_lowrank.study.schedule import Schedule, needed, slots_of
@@ -64,7 +65,7 @@ def execute(
         schedule.work(mine)
     records = [schedule.record(slot, work=False) for slot in slots]
     if None not in records:
-        results.set_runs(p.out, [record["fingerprint"] for record in records])
+        once(lambda: results.set_runs(p.out, [record["fingerprint"] for record in records]))
     return records.count(None)
 
 
@@ -126,7 +127,7 @@ class Cell(NamedTuple):
         except train.DivergedError as error:
             self.progress.note(f"{label}: diverged, {error}")
             record["diverged"] = {"step": error.step, "loss": str(error.loss)}
-            results.write_run(p.out, record, log)
+            once(lambda: results.write_run(p.out, record, log))
             checkpoints.remove()
             return record
         record |= {
@@ -145,7 +146,7 @@ class Cell(NamedTuple):
         """Measure a run that is to be reported, and write the run."""
         p, note = self.prepared, self.progress.note
         if run.kind == "tune" and not p.kind.measures_tuning:
-            results.write_run(p.out, record, log)
+            once(lambda: results.write_run(p.out, record, log))
             note(f"{label}: validation loss {record['validation_loss']:.4f}")
             return
         began = time.perf_counter()
@@ -154,7 +155,7 @@ class Cell(NamedTuple):
         arrays, completions = p.kind.measure(p, apply, states)
         record["seconds"]["evaluate"] = round(time.perf_counter() - began, 3)
         weights = {} if run.kind == "tune" else models.by_path(fitted.trainable)
-        results.write_run(p.out, record, log, arrays, completions, weights)
+        once(lambda: results.write_run(p.out, record, log, arrays, completions, weights))
         note(f"{label}: {p.kind.summary(p, record, arrays)}")
 
     def evaluated(self, program: Program, trainable, frozen) -> tuple[Callable, tuple]:
@@ -215,7 +216,7 @@ def run_base(p: Prepared, note: Callable) -> dict:
     base_apply = bind_to(p.model.graphdef, p.mesh)
     arrays, completions = p.kind.measure(p, base_apply, (p.model.params,))
     record["seconds"]["evaluate"] = round(time.perf_counter() - began, 3)
-    results.write_run(p.out, record, [], arrays, completions)
+    once(lambda: results.write_run(p.out, record, [], arrays, completions))
     note(f"base: {p.kind.summary(p, record, arrays)}")
     return record
 
@@ -245,4 +246,5 @@ def describe(p: Prepared) -> None:
     parts = ("name", "data_hash", "scorer")
     identity = fingerprint(*(description[part] for part in parts if part in description))
     identity = fingerprint(identity, p.weights_hash)
-    results.open_study(p.out, {"fingerprint": identity, **description}, p.kind.rows(p))
+    rows = p.kind.rows(p)
+    once(lambda: results.open_study(p.out, {"fingerprint": identity, **description}, rows))

@@ -18,6 +18,7 @@ from jax_lowrank.adapt import METHODS
 from jax_lowrank.adapt.method import count
 from jax_lowrank.checkpoint import Checkpoints
 from jax_lowrank.config import ConfigError, Study, fingerprint, nearest, require
+from jax_lowrank.processes import once
 from jax_lowrank.progress import Progress, clock
 from jax_lowrank.study.kinds import kind_of
 from jax_lowrank.study.parts import Prepared, Text
@@ -178,11 +179,12 @@ def pretrain(study: Study, task, text: Text, out: Path, note: Callable, mesh) ->
     final = out / "base" / name
     waiting = f"base model: another worker makes {final}"
     with turn(out / "claims" / f"base-{name}", lambda: note(waiting)):
-        if (final / "config.json").is_file():
+        if once(lambda: (final / "config.json").is_file()):
             note(f"base model: found {final}")
-            shutil.rmtree(base_checkpoints(final), ignore_errors=True)  # of one killed at its end
+            left = base_checkpoints(final)  # of one killed at its end
+            once(lambda: shutil.rmtree(left, ignore_errors=True))
         else:
-            results.clear_partial(final)
+            once(lambda: results.clear_partial(final))
             make_base(study, task, text, final, note, mesh)
     return final
 
@@ -243,5 +245,5 @@ def make_base(study: Study, task, text: Text, final: Path, note: Callable, mesh)
         }
         (directory / "pretrain.json").write_text(json.dumps(summary))
 
-    results.write_directory(final, write)
+    once(lambda: results.write_directory(final, write))
     checkpoints.remove()

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from jax_lowrank import results, train
 from jax_lowrank.config import MethodSpec, Run, Study
+from jax_lowrank.processes import once
 from jax_lowrank.progress import Progress
 from jax_lowrank.study.parts import Prepared
 from jax_lowrank.workers import claim
@@ -119,14 +120,14 @@ class Schedule:
             self.runs[slot] = run, self.name(self.prepared, run)
         run, name = self.runs[slot]
         if not work:
-            return results.finished(out, name)
+            return once(lambda: results.finished(out, name))
         with claim(out / "claims" / name) as mine:
-            record = results.finished(out, name)  # perhaps by another, just before
+            record = once(lambda: results.finished(out, name))  # perhaps by another, just before
             if record is None and mine:
-                results.clear_partial(out / "runs" / name)
+                once(lambda: results.clear_partial(out / "runs" / name))
                 return self.make(run)
             if mine:  # else who made them is deleting them
-                shutil.rmtree(out / "checkpoints" / name, ignore_errors=True)
+                once(lambda: shutil.rmtree(out / "checkpoints" / name, ignore_errors=True))
         if record is not None:
             self.skipped(run)
         return record

@@ -11,7 +11,8 @@ NAME=${NAME:-lowrank}                              # of the JobSet
 QUEUE=${QUEUE:-user-queue}                         # Kueue's LocalQueue
 IMAGE=${IMAGE:-my-registry/jax-lowrank:latest}     # python, this package and its extra tpu or cuda
 COMMAND=${COMMAND:-study configs/demo.py}          # of jax-lowrank
-OUT=${OUT:-gs://my-bucket/lowrank}                 # results and checkpoints, seen by all pods
+CLAIM=${CLAIM:-lowrank}                            # PersistentVolumeClaim, ReadWriteMany; at /out
+OUT=${OUT:-/out/lowrank}                           # results and checkpoints, seen by all pods
 HOSTS=${HOSTS:-2}                                  # hosts of the slice, or shards of the study
 CHIPS=${CHIPS:-4}                                  # TPU chips of a host
 ACCELERATOR=${ACCELERATOR:-tpu-v5-lite-podslice}   # of the node pool
@@ -24,7 +25,7 @@ if [ "${1:-}" = --dry-run ]; then dry=1 && shift; fi
 filled() { # a manifest with the values of the variables
     local text name
     text=$(<"$(dirname "$0")/$1.yaml")
-    for name in NAME QUEUE IMAGE COMMAND OUT HOSTS CHIPS ACCELERATOR TOPOLOGY RESTARTS; do
+    for name in NAME QUEUE IMAGE COMMAND CLAIM OUT HOSTS CHIPS ACCELERATOR TOPOLOGY RESTARTS; do
         text=${text//"\${$name}"/"${!name}"}
     done
     printf '%s\n' "$text"
