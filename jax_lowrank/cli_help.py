@@ -7,6 +7,7 @@ commands
   study CONFIG [--out DIR] [--FIELD VALUE ...]   run a study, or continue it, and report it;
         [--shard i/n]                            several workers may share one DIR
         [--track DIR]                            training curves for TensorBoard
+        [--distributed]                          one of several processes, see tpu_scripts/README.md
   report DIR                                     report a results directory again
   audit-topology CONFIG [--steps N] [--out DIR]  the same steps on several meshes, and seeds
   finetune --model PATH --data FILE [...]        one run: LoRA, full fine-tuning and others
@@ -59,7 +60,7 @@ what to know
   --track DIR     where training curves for TensorBoard go
   --dry-run       checks everything, prints configuration, sizes and memory, and writes no result;
                   with --devices N the memory on each of N accelerators, from config.json alone
-  --distributed   this is one of several processes of one run; see tpu_scripts/README.md
+  --distributed   this is one of several processes that do it; see tpu_scripts/README.md
   --model DIR     may hold a PEFT adapter: training goes on from it, beside its base model
   short for dotted fields: --model, --data, --task, --validation, --test, --rank,
   --learning-rate, --epochs, --batch-size, --max-length
