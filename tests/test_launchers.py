@@ -15,9 +15,9 @@ SCRIPTS = Path(__file__).parents[1] / "tpu_scripts"
 SHELLS = sorted(p for p in SCRIPTS.rglob("*") if p.suffix in (".sh", ".sbatch"))
 
 # Fields that a manifest may have, and, with *, must: JobSet v1alpha2 (jobset.x-k8s.io_jobsets.yaml
-# in kubernetes-sigs/jobset, which holds Job batch/v1 and Pod v1 as well; both manifests were checked
-# against that file of commit 08dfbdf). A field that the API does not know would be dropped or refused
-# by the cluster.
+# in kubernetes-sigs/jobset, which holds Job batch/v1 and Pod v1 as well; both manifests were held
+# against that file of commit 08dfbdf). A field that the API does not know would be dropped or
+# refused by the cluster.
 POD = {
     "restartPolicy*": str,
     "terminationGracePeriodSeconds": int,
