@@ -70,16 +70,19 @@ def by_place(directory):
 
 @pytest.mark.slow
 def test_a_study_in_two_processes_is_that_of_one(tmp_path, forks):
-    (tmp_path / "tiny.py").write_text(CONFIG)
+    small = CONFIG.replace("(1e-2, 1e-3)", "(1e-2,)").replace("(1, 2)", "(1,)")
+    small = small.replace(', MethodSpec("full", (1e-3,))', ",").replace("1280", "640")
+    (tmp_path / "tiny.py").write_text(small)
     line = ["study", tmp_path / "tiny.py", "--out"]
     one = forks.start("jax_lowrank.cli", *line, tmp_path / "one")
     assert one.wait() == 0, one.said()
     mesh = ("--mesh.data", "2", "--mesh.fsdp", "1")
     first, second = both = command(forks, *line, tmp_path / "two", *mesh)
     assert ended(both) == [0, 0], first.said() + second.said()
-    assert "report: " in first.printed() and (second.printed(), second.said()) == ("", "")
+    assert "report: " in first.printed() and second.printed() == ""
+    assert all(line.startswith("[transformers]") for line in second.said().splitlines())
     expected, found = by_place(tmp_path / "one"), by_place(tmp_path / "two")
-    assert found.keys() == expected.keys() and len(found) == 8
+    assert found.keys() == expected.keys() and len(found) == 3
     for place, run in expected.items():
         record = found[place].record
         assert record["environment"]["num_processes"] == 2
@@ -93,7 +96,7 @@ def test_a_study_in_two_processes_is_that_of_one(tmp_path, forks):
             np.testing.assert_allclose(nll, run.arrays["neutral/nll"], **CLOSE)
     trees = [sorted(p.name for p in (tmp_path / name).iterdir()) for name in ("one", "two")]
     assert trees[0] == trees[1]
-    assert len(list((tmp_path / "two" / "runs").iterdir())) == 8  # nothing partial
+    assert len(list((tmp_path / "two" / "runs").iterdir())) == 3  # nothing partial
 
 
 @pytest.fixture(scope="module")
@@ -126,11 +129,16 @@ def stored(out):
 def test_two_processes_that_are_killed_end_with_the_same_bits(tmp_path, rows, forks):
     whole = command(forks, *finetuning(rows, tmp_path / "whole"))
     assert ended(whole) == [0, 0], whole[0].said() + whole[1].said()
-    rng, resumed = random.Random(3), 0
-    for victims in ([0], [1], [0, 1], [1], [0]):
+    rng, place = random.Random(3), tmp_path / "out.checkpoints"
+
+    def signed():
+        return set(place.glob("*/*/manifest.json"))
+
+    for victims in ([0], [1], [0, 1], [1]):
+        before = signed()
         running = command(forks, *finetuning(rows, tmp_path / "out"))
-        running[0].until(lambda: "learning rate" in running[0].said())  # noqa: B023
-        time.sleep(rng.uniform(0, 2))
+        running[0].until(lambda: signed() - before)  # noqa: B023
+        time.sleep(rng.uniform(0, 0.5))
         assert all(each.poll() is None for each in running), "killed too late"
         for number in victims:
             running[number].send_signal(signal.SIGKILL)
@@ -142,6 +150,5 @@ def test_two_processes_that_are_killed_end_with_the_same_bits(tmp_path, rows, fo
     last = command(forks, *finetuning(rows, tmp_path / "out"))
     assert ended(last) == [0, 0], last[0].said() + last[1].said()
     assert stored(tmp_path / "out") == stored(tmp_path / "whole")
-    resumed = json.loads((tmp_path / "out" / "record.json").read_text())["resumed_at"]
-    assert resumed, "every kill came before the first checkpoint"
-    assert not (tmp_path / "out.checkpoints").exists()
+    record = json.loads((tmp_path / "out" / "record.json").read_text())
+    assert len(record["resumed_at"]) == 4 and not place.exists()
