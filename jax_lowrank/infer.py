@@ -63,7 +63,7 @@ def likelihood(
     nll = np.zeros(len(sequences), np.float32)
     batch_size = sharding.up_to_shards(batch_size, sharding.mesh_of(states))
     blocks = []
-    for rows, tokens, _ in _right_padded(sequences, batch_size, pad_id):
+    for rows, tokens, _ in right_padded(sequences, batch_size, pad_id):
         weights = np.zeros(tokens.shape, np.float32)
         for place, row in enumerate(rows):
             weights[place, 1 : len(sequences[row])] = counted[row][1:]
@@ -87,7 +87,7 @@ def masked_likelihood(
     nll = np.zeros(len(texts), np.float32)
     batch_size = sharding.up_to_shards(batch_size, sharding.mesh_of(states))
     blocks = []
-    for rows, *both in _right_padded([text.tokens for text in texts], batch_size, pad_id):
+    for rows, *both in right_padded([text.tokens for text in texts], batch_size, pad_id):
         spots = masking.spots([texts[row] for row in rows], *both[0].shape)
         batch = sharding.put_rows(masking.MaskedBatch(*both, *spots), states)
         blocks.append((rows, _hidden_nll(apply, states, batch)))
@@ -96,7 +96,7 @@ def masked_likelihood(
     return Likelihood(nll, np.array([len(text.places) for text in texts], np.int32))
 
 
-def _right_padded(sequences, batch_size, pad_id):
+def right_padded(sequences, batch_size, pad_id):
     """(rows, tokens (B, S), mask (B, S)) of all sequences, the short ones together.
 
     S is one of 32, 48, 64, 96, 128, ... or the greatest length: few programs compile. A last block
@@ -135,7 +135,7 @@ def classify(
     batch_size = sharding.up_to_shards(batch_size, sharding.mesh_of(states))
     blocks = [
         (rows, _class_logits(apply, states, *sharding.put_rows(both, states)))
-        for rows, *both in _right_padded(sequences, batch_size, pad_id)
+        for rows, *both in right_padded(sequences, batch_size, pad_id)
     ]
     blocks = sharding.fetch(blocks)
     logits = np.zeros((len(sequences), blocks[0][1].shape[1]), np.float32)

@@ -1,10 +1,15 @@
 """Membership inference: tf-privacy's vectors, closed forms of the normal model, and invariants."""
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 from scipy.stats import mannwhitneyu, norm
 
 from jax_lowrank.evaluation import membership
+
+FIXTURES = Path(__file__).parent / "fixtures"
 
 
 def normal_world(num_rows=400, num_shadows=32, shift=1.0, seed=0):
@@ -188,6 +193,37 @@ def test_auc_limits_cover():
         found = membership.attack(scores, np.arange(100) < 40)
         inside += found.low <= truth <= found.high
     assert 0.92 <= inside / 400 <= 0.99
+
+
+@pytest.mark.parametrize("case", ["plain", "ties", "chance"])
+def test_the_curve_is_that_of_jax_privacy(case):
+    """Their auditor may toss a coin between two thresholds: it reads the curve's upper hull."""
+    frozen = json.loads((FIXTURES / "membership.json").read_text())["cases"][case]
+    scores = np.array(frozen["inside"] + frozen["outside"])
+    member = np.arange(scores.size) < len(frozen["inside"])
+    curve, found = membership.roc(scores, member), membership.attack(scores, member)
+    x, y = upper_hull(curve.false_positive_rate, curve.true_positive_rate)
+    assert np.trapezoid(y, x) == pytest.approx(frozen["auroc"], abs=1e-12)
+    np.testing.assert_allclose(np.interp(frozen["rates"], x, y), frozen["at"], atol=1e-12)
+    assert found.balanced_accuracy == pytest.approx(frozen["max_accuracy"], abs=1e-12)
+    assert found.auc <= frozen["auroc"] + 1e-12 and frozen["auroc"] - found.auc < 0.05
+    for at in found.at:
+        assert np.isnan(at.rate) or at.rate <= np.interp(at.target, x, y) + 1e-12
+
+
+def upper_hull(x, y):
+    """The vertices of the least concave function above a curve."""
+    kept = []
+    for point in zip(x, y):
+        while len(kept) > 1 and cross(*kept[-2:], point) >= 0:
+            kept.pop()
+        kept.append(point)
+    return np.array(kept).T
+
+
+def cross(one, two, three):
+    """Above 0 where the turn from one over two to three is to the left."""
+    return (two[0] - one[0]) * (three[1] - one[1]) - (two[1] - one[1]) * (three[0] - one[0])
 
 
 def test_too_few_members_is_nan_with_a_reason_and_nan_scores_are_counted():

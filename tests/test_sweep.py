@@ -105,11 +105,11 @@ def program(loss):
     return sweep.make_program(cell_of(MIXED[0], model), loss)
 
 
-def together(cells, loss, batches, size, validate=None):
+def together(cells, loss, batches, size, validate=None, made=None):
     """The sweep of the cells: outcomes, and each cell's lines."""
     lines, fall = [[] for _ in cells], falling()
     out = sweep.fit(
-        program=program(loss),
+        program=made or program(loss),
         cells=cells,
         batches=batches,
         validate=validate or (lambda state: [fall(state)] * len(cells)),
@@ -162,7 +162,7 @@ def test_what_fills_up_stays_zero_under_decay_clipping_and_dropout():
     seen = []
 
     def validate(state):
-        seen.append(models.by_path(jax.device_get(state)))
+        seen.append(models.by_path(jax.device_get(state.trainable)))
         return [0.0] * 3
 
     short = [c._replace(schedule=c.schedule._replace(num_steps=12)) for c in cells]
@@ -196,7 +196,7 @@ def test_every_cell_keeps_its_own_best_state():
     seen = []
 
     def validate(state):
-        seen.append(jax.device_get(state))
+        seen.append(jax.device_get(state.trainable))
         return next(losses)
 
     out, _ = together(cells, train.causal_lm_loss, corpus(), 2, validate)
@@ -219,6 +219,38 @@ def test_cells_that_cannot_share_a_program_are_refused():
     with pytest.raises(sweep.SweepError, match="epochs of 10 and of 20 steps"):
         longer = make_batches([[1, 2]] * 80, batch_size=4, seed=0, pad_id=0)
         sweep.OwnBatches([corpus(), longer])
+
+
+OTHERS = {
+    "dora": (
+        "lora",
+        ({"rank": 2, "alpha": 4.0, "dora": True}, {"rank": 3, "alpha": 9.0, "dora": True}),
+    ),
+    "pissa": (
+        "lora",
+        ({"rank": 2, "alpha": 4.0, "init": "pissa"}, {"rank": 4, "alpha": 4.0, "init": "pissa"}),
+    ),
+    "full": ("full", ({}, {})),
+    "bitfit": ("bitfit", ({}, {})),
+    "head": ("head", ({}, {})),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", OTHERS)
+def test_other_methods_and_options_equal_their_single_runs(case):
+    row, options = OTHERS[case]
+    cells, loss = [], train.classification_loss
+    for number, chosen in enumerate(options):
+        method = METHODS[row](**chosen)
+        parts = method.split(jax.random.key(number), classifier())
+        schedule = train.make_schedule((1 + number) * 3e-3, 10, 0.1, "linear")
+        cells.append(sweep.Cell(method, *parts, schedule, jax.random.key(number), 0.1, 1.0))
+    batches = corpus(0, labelled=True)
+    out, lines = together(cells, loss, batches, 2, made=sweep.make_program(cells[0], loss))
+    singles = [alone(cell, loss, batches) for cell in cells]
+    apart = [differences(*each) for each in zip(singles, out, lines, strict=True)]
+    assert np.max(apart) < RTOL, apart
 
 
 def test_the_size_of_a_pack():

@@ -95,7 +95,8 @@ def swept(options, model):
     size = options.pack or step.pack_size(len(made), options.rows * options.length, limit)
     program = sweep.make_program(made[0], train.causal_lm_loss)
     stacked = cells.stack(program, made, size)
-    state = (stacked.trainable, step.init(program, stacked.trainable, stacked.settings))
+    trainable, own, shared = stacked.states
+    state = (trainable, step.init(program, trainable, stacked.settings))
     total = len(stacked.settings.clip)
     rates = np.full((total, STEPS_PER_CALL), 1e-3, np.float32)
     num_trained = count(made[0].trainable)
@@ -108,8 +109,8 @@ def swept(options, model):
             paired=True,
             trainable=state[0],
             opt=state[1],
-            own=stacked.own,
-            shared=stacked.shared,
+            own=own,
+            shared=shared,
             settings=stacked.settings,
             batches=batches(options, rng),
             rates=rates,

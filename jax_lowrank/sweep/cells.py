@@ -40,15 +40,19 @@ class Settings(NamedTuple):
     factors: State
 
 
-class Stacked(NamedTuple):
-    """Cells in one form. Leaves of trainable, own and settings have a leading K; shared has none.
-
-    layers, likes: one a cell, for `padded.cut`.
-    """
+class States(NamedTuple):
+    """The arrays of stacked models: those of the cells, leading K, and those of the base."""
 
     trainable: State
     own: State
     shared: State
+
+
+class Stacked(NamedTuple):
+    """Cells in one form. Leaves of settings have a leading K; layers and likes, for `padded.cut`,
+    are one a cell."""
+
+    states: States
     settings: Settings
     layers: tuple[dict, ...]
     likes: tuple[State, ...]
@@ -109,10 +113,13 @@ def stack(program: Program, cells: Sequence[Cell], multiple: int = 1) -> Stacked
         jnp.array([cell.clip or np.inf for cell in filled], jnp.float32),
         jax.tree.map(lambda *x: jnp.array(x, jnp.float32), *factors),
     )
-    return Stacked(
+    states = States(
         _side_by_side([part.trainable for part in parts]),
         _side_by_side([part.own for part in parts]),
         parts[0].shared,
+    )
+    return Stacked(
+        states,
         settings,
         tuple(part.layers for part in parts[: len(cells)]),
         tuple(_shapes(cell.trainable) for cell in cells),

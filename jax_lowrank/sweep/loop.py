@@ -12,9 +12,8 @@ import numpy as np
 
 from jax_lowrank import train
 from jax_lowrank.adapt import padded
-from jax_lowrank.adapt.method import State
 from jax_lowrank.sweep import step as compiled
-from jax_lowrank.sweep.cells import Cell, OwnBatches, Program, stack
+from jax_lowrank.sweep.cells import Cell, OwnBatches, Program, States, stack
 from jax_lowrank.train import DivergedError, Fitted
 
 
@@ -23,16 +22,17 @@ def fit(
     program: Program,
     cells: Sequence[Cell],
     batches,
-    validate: Callable[[State], Sequence[float]],
+    validate: Callable[[States], Sequence[float]],
     log: Callable[[int, dict], None],
     steps_per_call: int = 32,
     size: int | None = None,
 ) -> list[Fitted | DivergedError]:
     """`train.fit` of every cell, in the order of `cells`: what it returns, or what it would raise.
 
-    batches: one for all cells, or OwnBatches. validate: losses (K,) of a stacked trainable state.
-    log: gets a cell's number and its line. size: how many cells are computed at once; None: see
-    `pack_size`. Seconds and speeds of a cell count its share of the sweep's time.
+    batches: one for all cells, or OwnBatches. validate: losses of the stacked models (K,), those of
+    surplus ones included or not. log: gets a cell's number and its line. size: how many cells are
+    computed at once; None: see `step.pack_size`. Seconds and speeds of a cell count its share of
+    the sweep's time.
 
     Raises what `stack` raises.
     """
@@ -64,7 +64,7 @@ class Sweep:
         self.program, self.cells, self.batches = program, cells, batches
         self.validate, self.log, self.size = validate, log, size
         self.layers, self.likes = stacked.layers, stacked.likes
-        self.trainable, self.own, self.shared = stacked.trainable, stacked.own, stacked.shared
+        self.trainable, self.own, self.shared = stacked.states
         self.settings = stacked.settings
         self.opt = compiled.init(program, self.trainable, self.settings)
         self.ends = [cell.schedule.num_steps for cell in cells]
@@ -147,10 +147,8 @@ class Sweep:
             if k not in self.errors
             and (self.step == end or (self.step < end and self.step % epoch == 0))
         ]
-        state = self.trainable
-        if len(self.cells) < len(self.settings.clip):
-            state = jax.tree.map(lambda x: x[: len(self.cells)], state)
-        losses, better = self.validate(state), []
+        losses = self.validate(States(self.trainable, self.own, self.shared))
+        better = []
         for k in due:
             loss = float(losses[k])
             if self.step and not math.isfinite(loss):

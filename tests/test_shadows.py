@@ -1,0 +1,106 @@
+"""Shadow models: who trains on what, and attacks on targets whose membership is known."""
+
+import functools
+
+import numpy as np
+import pytest
+from test_sweep import classifier
+
+from jax_lowrank import shadows
+from jax_lowrank.adapt import METHODS
+from jax_lowrank.data import LabelledBatches, make_batches
+from jax_lowrank.evaluation import membership
+
+
+def test_halves_are_balanced_in_both_directions():
+    taken = shadows.halves(40, 8, seed=1)
+    assert (taken.sum(0) == 20).all() and (taken.sum(1) == 4).all()
+    assert not np.array_equal(taken[:, 0], taken[:, 2])
+    odd = shadows.halves(41, 8, seed=1)
+    assert (odd.sum(0) == 20).all() and odd.sum(1).min() >= 0 and odd.sum() == 160
+    with pytest.raises(ValueError, match=r"7 shadows .*; use 8"):
+        shadows.halves(40, 7, seed=1)
+
+
+def test_published_shadows_never_see_an_audited_row():
+    audited = np.arange(60) < 20
+    taken = shadows.published(audited, 16, seed=0)
+    assert not taken[audited].any() and (taken.sum(0) == 20).all()
+    with pytest.raises(ValueError, match="no training set"):
+        shadows.published(np.ones(4, bool), 2, seed=0)
+
+
+def test_membership_comes_from_the_recorded_ids():
+    ids = ["a", "b", "c", "d"]
+    np.testing.assert_array_equal(shadows.members(ids, {"b", "d"}), [False, True, False, True])
+    with pytest.raises(ValueError, match="1 of the target's 2 training rows are not among"):
+        shadows.members(ids, ["a", "gone"])
+
+
+AUDITED, SHADOWS = 80, 8
+
+
+@functools.cache
+def audit():
+    """Shadows 0 to 7 on halves of the audited rows, and three targets trained with them: on a half
+    of these rows, on other rows, and on that half with labels of its own drawing. Labels are
+    random, so that a model can only learn them by heart."""
+    rng = np.random.default_rng(0)
+    sequences = [rng.integers(0, 97, n).tolist() for n in rng.integers(6, 9, AUDITED + 40)]
+    labels = rng.integers(0, 3, AUDITED + 40).astype(np.int32)
+    rows = make_batches(sequences, batch_size=10, seed=0, pad_id=0, least=1)
+    taken = np.zeros((AUDITED + 40, SHADOWS + 2), bool)
+    taken[:AUDITED, :SHADOWS] = shadows.halves(AUDITED, SHADOWS, seed=0)
+    taken[:AUDITED, SHADOWS] = shadows.halves(AUDITED, 2, seed=9)[:, 0]
+    taken[AUDITED:, SHADOWS + 1] = True
+    method = METHODS["lora"](rank=8, alpha=16.0)
+    recipe = shadows.Recipe(method, epochs=30, peak=3e-2, steps_per_call=40)
+    found = shadows.train_shadows(
+        recipe, classifier(), LabelledBatches(rows, labels), taken, sequences[:AUDITED], seed=0
+    )
+    assert not found.diverged
+    margins = np.stack([membership.margin(one, labels[:AUDITED]) for one in found.logits], 1)
+    return margins, taken[:AUDITED]
+
+
+def attacked(target, member, **options):
+    margins, taken = audit()
+    score = membership.lira_online(
+        margins[:, target], margins[:, :SHADOWS], taken[:, :SHADOWS], variance="global", **options
+    )
+    assert (score.num_inside == 4).all() and (score.num_outside == 4).all()
+    return membership.attack(score.score, member)
+
+
+def test_a_target_that_learns_by_heart_is_told_from_its_shadows():
+    _, taken = audit()
+    found = attacked(SHADOWS, taken[:, SHADOWS])
+    assert found.auc > 0.95, found
+    assert found.num_members == found.num_others == 40
+
+
+def test_a_target_without_the_audited_rows_gives_chance():
+    _, taken = audit()
+    found = attacked(SHADOWS + 1, taken[:, SHADOWS])
+    assert found.low < 0.5 < found.high, found
+
+
+def test_shuffled_membership_gives_chance():
+    _, taken = audit()
+    member = np.random.default_rng(1).permutation(taken[:, SHADOWS])
+    found = attacked(SHADOWS, member)
+    assert found.low < 0.5 < found.high, found
+
+
+def test_a_subset_keeps_widths_and_shows_every_row_once():
+    rng = np.random.default_rng(0)
+    sequences = [[i] * n for i, n in enumerate(rng.integers(3, 60, 50))]
+    whole = make_batches(sequences, batch_size=4, seed=3, pad_id=0)
+    parts = [whole.subset(rng.permutation(50)[:25], seed) for seed in (1, 2)]
+    for part in parts:
+        assert part.widths == whole.widths and part.steps_per_epoch == 7
+        shown = np.concatenate([part.rows(t) for t in range(7)])
+        assert sorted(shown[shown >= 0]) == list(range(25))
+    wide = [[part.width(t) for t in range(7)] for part in parts]
+    together = sum(map(max, zip(*wide))) / np.mean([sum(w) for w in wide])
+    assert len(whole.widths) > 2 and together < 1.25, (wide, together)
