@@ -221,15 +221,10 @@ def test_cells_that_cannot_share_a_program_are_refused():
         sweep.OwnBatches([corpus(), longer])
 
 
+TWO, FOUR = {"rank": 2, "alpha": 4.0}, {"rank": 4, "alpha": 4.0}
 OTHERS = {
-    "dora": (
-        "lora",
-        ({"rank": 2, "alpha": 4.0, "dora": True}, {"rank": 3, "alpha": 9.0, "dora": True}),
-    ),
-    "pissa": (
-        "lora",
-        ({"rank": 2, "alpha": 4.0, "init": "pissa"}, {"rank": 4, "alpha": 4.0, "init": "pissa"}),
-    ),
+    "dora": ("lora", (TWO | {"dora": True}, FOUR | {"dora": True})),
+    "pissa": ("lora", (TWO | {"init": "pissa"}, FOUR | {"init": "pissa"})),
     "full": ("full", ({}, {})),
     "bitfit": ("bitfit", ({}, {})),
     "head": ("head", ({}, {})),

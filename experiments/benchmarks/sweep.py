@@ -83,13 +83,13 @@ def settings_of(case: str, options, peer: Peer) -> dict[str, tuple[list[str], di
     return out
 
 
-def start_up(peer: Peer, options) -> list[dict]:
+def start_up(peer: Peer) -> list[dict]:
     """50 steps of 16 adapters, from nothing: the sweep; PEFT in one process, and in one each."""
     found = []
     for shape, rows, length in WHOLE:
         sizes = {"shape": shape, "rows": rows, "length": length}
         mine = run_alone(*ours({**sizes, "cells": 16, "steps": 50}))
-        command = [options.torch_python, str(HERE / "peer_sweep.py"), "--"]
+        command = [peer.python, str(HERE / "peer_sweep.py"), "--"]
         command += [shape, str(rows), str(length), "50", "16"]
         theirs = {
             name: run_alone(command, peer.environment(best))
@@ -153,6 +153,7 @@ def main() -> None:
     parser.add_argument("--most", type=int, default=32, help="no more cells than these")
     parser.add_argument("--turns", type=int, default=6)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--start-up", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--out", type=Path, help="instead of results/")
     parser.add_argument("--table", type=Path, help="print the table of this result file")
     options = parser.parse_args()
@@ -166,7 +167,7 @@ def main() -> None:
         for case in options.cases:
             result["cases"][case] = in_turns(settings_of(case, options, peer), options.turns)
             print(case, "done", flush=True)
-        result["start_up"] = start_up(peer, options)
+        result["start_up"] = start_up(peer) if options.start_up else []
     machine = re.sub(r"[^a-z0-9]+", "-", result["cpu"].lower()).strip("-")
     path = options.out or HERE / "results" / f"sweep-{machine}.json"
     path.parent.mkdir(exist_ok=True)
