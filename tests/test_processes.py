@@ -145,7 +145,8 @@ def test_two_processes_that_are_killed_end_with_the_same_bits(tmp_path, rows, fo
         time.sleep(rng.uniform(0, 0.3))
         for each in running:  # as a scheduler does with the others of a job
             each.send_signal(signal.SIGKILL)
-        assert ended(running) == [-9, -9]
+        codes = ended(running)  # JAX may have ended the other one, by SIGABRT
+        assert all(codes[number] == -9 for number in victims) and all(codes)
         assert not (tmp_path / "out").exists()
     last = command(forks, *finetuning(rows, tmp_path / "out"))
     assert ended(last) == [0, 0], last[0].said() + last[1].said()
