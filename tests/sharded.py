@@ -74,7 +74,7 @@ def trained(fixture, method_name, sizes, dtype="float32", accumulate=1):
             *(np.stack([_widened(x) for x in part]) for part in zip(*numbered))
         )
         read += sum(x.nbytes for x in stacked)
-        stacked = sharding.put_own_rows(train._fill(stacked, 3), trainable, axis=1)
+        stacked = sharding.put_own_rows(train.fill(stacked, 3), trainable, axis=1)
         trainable, opt_state, values, _ = train.run_steps(
             apply=program.apply,
             loss=train.classification_loss if labelled else train.causal_lm_loss,
