@@ -30,7 +30,7 @@ def task(**splits):
 
 
 def test_table_names_the_tasks():
-    assert set(TASKS) == {"world", "completions"}
+    assert set(TASKS) == {"world", "completions", "text_classification"}
 
 
 @pytest.mark.parametrize(
