@@ -315,3 +315,13 @@ def test_a_paired_difference_can_be_tested_for_equivalence():
     assert found.freedom == pytest.approx(d.size - 1)
     inside = comparisons.equivalence(found.estimate, found.error, 0.12, found.freedom)
     assert inside.p == pytest.approx(frozen["p"], abs=0.02)
+
+
+@pytest.mark.parametrize("kept", [0, 1])
+def test_a_gap_of_groups_that_are_too_small_says_so(kept):
+    groups = np.zeros((20, 2), bool)
+    groups[:12, 0], groups[12:15, 1] = True, True
+    outcome = np.arange(40).reshape(2, 20) % 3 == 0
+    null = disparities.permuted_gap(outcome, groups, minimum=13 - kept)
+    assert np.isnan([null.gap, null.null_mean, null.p]).all() and null.gap.shape == (2,)
+    assert null.reason == f"{kept} of 2 groups have enough rows: a gap needs two"

@@ -219,13 +219,13 @@ def permuted_gap(
     sizes = groups.sum(0)
     kept = sizes >= max(minimum, 1)
     groups, sizes = groups[:, kept], sizes[kept]
-    rows = groups.any(1)
-    groups, runs = groups[rows], outcome[..., rows].reshape(-1, int(rows.sum()))
     shape = outcome.shape[:-1]
     if kept.sum() < 2:
         blank = np.full(shape, np.nan)
         reason = f"{kept.sum()} of {kept.size} groups have enough rows: a gap needs two"
         return GapNull(blank, blank, blank, int(kept.sum()), "", reason)
+    rows = groups.any(1)
+    groups, runs = groups[rows], outcome[..., rows].reshape(-1, int(rows.sum()))
     members = sparse.csr_array(groups.astype(np.float64))
     gaps = np.ptp((members.T @ runs.T).T / sizes, axis=1)
     patterns, numbers = _patterns(groups)
