@@ -1,7 +1,7 @@
 """Does LoRA treat subgroups differently? Hate speech, a real pretrained encoder, groups of targets.
 
-    jax-lowrank study configs/hate_speech.py          (under 30 minutes on 2 quiet CPU cores)
-    jax-lowrank study configs/hate_speech.py:smoke    (under 3 minutes)
+    jax-lowrank study configs/hate_speech.py       (an estimate: half an hour on 2 CPU cores)
+    jax-lowrank study configs/hate_speech.py:smoke    (2 minutes)
     jax-lowrank study configs/hate_speech.py:imbalanced        (one class and two groups made rare)
 
 The utility and calibration half of arXiv 2405.17512: LoRA, full fine-tuning and head-only training

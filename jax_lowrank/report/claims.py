@@ -85,7 +85,8 @@ def lines(found: list[Claim], topics: dict[str, str]) -> str:
         chosen = [claim for claim in found if claim.topic == topic]
         said += [f"{title} ({units(chosen)})"] if chosen else []
         for claim in chosen:
-            found_out = f"  {claim.verdict:<12} {claim.comparison:<32} {claim.difference:+.3f} "
+            size = "undefined" if np.isnan(claim.difference) else f"{claim.difference:+.3f}"
+            found_out = f"  {claim.verdict:<12} {claim.comparison:<32} {size} "
             if np.isnan(claim.low):
                 said.append(found_out + f"no interval: {claim.reason or claim.note}")
             else:
