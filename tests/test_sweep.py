@@ -221,11 +221,6 @@ def test_cells_that_cannot_share_a_program_are_refused():
         sweep.OwnBatches([corpus(), longer])
 
 
-OPEN = pytest.mark.xfail(
-    strict=True,
-    reason="losses equal to 1.2e-7, but one array of the state is 1.2e-4 apart after 10 steps; not"
-    " explained yet (key biases, whose gradient is nothing but rounding, would do that)",
-)
 TWO, FOUR = {"rank": 2, "alpha": 4.0}, {"rank": 4, "alpha": 4.0}
 OTHERS = {
     "dora": ("lora", (TWO | {"dora": True}, FOUR | {"dora": True})),
@@ -235,7 +230,7 @@ OTHERS = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["dora", "pissa", pytest.param("full", marks=OPEN)])
+@pytest.mark.parametrize("case", OTHERS)
 def test_other_methods_and_options_equal_their_single_runs(case):
     row, options = OTHERS[case]
     cells, loss = [], train.classification_loss
@@ -247,10 +242,27 @@ def test_other_methods_and_options_equal_their_single_runs(case):
     batches = corpus(0, labelled=True)
     out, lines = together(cells, loss, batches, 2, made=sweep.make_program(cells[0], loss))
     singles = [alone(cell, loss, batches) for cell in cells]
-    apart = [differences(*each) for each in zip(singles, out, lines, strict=True)]
-    assert np.max([each[:2] for each in apart]) < RTOL, apart
-    # Where a gradient is all but 0, Adam makes a step of its rounding: DoRA's factors, 2e-5.
-    assert np.max(apart) < 10 * RTOL, apart
+    apart = [differences(*each)[:2] for each in zip(singles, out, lines, strict=True)]
+    assert np.max(apart) < RTOL, apart
+    for (single, _), got in zip(singles, out, strict=True):
+        (rest, keys), (other, other_keys) = parted(single.trainable), parted(got.trainable)
+        assert distance(other, rest) < RTOL
+        assert not keys or distance(other_keys, keys) < 10 * RTOL
+
+
+def parted(state):
+    """Arrays by path, and apart from them the keys' columns of B, where gradients come near 0 and
+    Adam makes a step of their rounding (one entry of DoRA's, 2e-5). The keys' biases are left out:
+    softmax cancels them, so that nothing but rounding moves them (1.2e-4, full fine-tuning).
+    """
+    rest, keys = models.by_path(state), {}
+    for path in ("blocks.attn.qkv.bias", "blocks.attn.qkv.adapter.b"):
+        if path in rest:
+            query, key, value = np.split(np.asarray(rest[path]), 3, axis=-1)
+            rest[path] = np.concatenate([query, value], -1)
+            if path.endswith(".b"):
+                keys[path] = key
+    return rest, keys
 
 
 def test_the_size_of_a_pack():
