@@ -82,7 +82,7 @@ def render(grid: Grid, found: list[claims.Claim], summary: tables.Summary) -> st
     }
     return (
         environment()
-        .get_template("template.html")
+        .get_template("completions.html")
         .render(
             study=grid.study,
             config=grid.study["config"],
