@@ -347,6 +347,16 @@ def plain(value: Any, *, results: bool = False) -> Any:
     return value
 
 
+def _makes_study(value: object, file: Path) -> bool:
+    """Whether it is a function of this very file that returns a Study and needs no argument."""
+    return (
+        inspect.isfunction(value)
+        and value.__code__.co_filename == str(file)
+        and value.__annotations__.get("return", Study) in (Study, "Study")
+        and all(p.default is not p.empty for p in inspect.signature(value).parameters.values())
+    )
+
+
 def load_config(name: str) -> Study:
     """The Study that FILE.py (its function `config`) or FILE.py:FUNCTION returns.
 
@@ -362,7 +372,7 @@ def load_config(name: str) -> Study:
         raise ConfigError(f"no config file {path!r}{hint}")
     namespace = runpy.run_path(str(file))
     if not callable(namespace.get(function)):
-        names = [k for k, v in namespace.items() if inspect.isfunction(v)]
+        names = [name for name, value in namespace.items() if _makes_study(value, file)]
         raise ConfigError(f"function in {file}: {nearest(function, names)}")
     study = namespace[function]()
     require(isinstance(study, Study), f"{name} returns {type(study).__name__}, not a Study")

@@ -18,10 +18,11 @@ class Progress:
     """
 
     def __init__(self, total: int, *, stream: TextIO | None = None, interval: float = 10.0):
-        self.total, self.done, self.skipped = total, 0, 0
+        self.total, self.done = total, 0
+        self.started: tuple[float, int] | None = None  # when first steps were done; how many
         # Of several processes the first one speaks.
         self.stream = stream or (sys.stderr if is_first() else open(os.devnull, "w"))  # noqa: SIM115
-        self.interval, self.began, self.last = interval, time.monotonic(), -interval
+        self.interval, self.last = interval, -interval
         self.bar = None
 
     def __enter__(self) -> Progress:
@@ -45,12 +46,15 @@ class Progress:
 
     def skip(self, steps: int) -> None:
         """Steps that an earlier session did: they count as done, not towards the speed."""
-        self.done, self.skipped = self.done + steps, self.skipped + steps
+        self.done += steps
+        if self.started:
+            self.started = self.started[0], self.started[1] + steps
         self._draw("")
 
     def advance(self, steps: int, text: str) -> None:
         """Steps that were just done, and what to say of them."""
         self.done += steps
+        self.started = self.started or (time.monotonic(), self.done)
         self._draw(text)
 
     def note(self, text: str) -> None:
@@ -61,12 +65,13 @@ class Progress:
             print(text, file=self.stream, flush=True)
 
     def eta(self) -> str:
-        """Time left as h:mm:ss at the speed so far; ? before the first step."""
-        fresh = self.done - self.skipped
-        if fresh <= 0:
+        """Time left as h:mm:ss at the speed since the first steps, which mostly compile;
+        ? until there is such a speed."""
+        began, before = self.started or (0.0, self.done)
+        if self.done == before:
             return "?"
-        seconds = (time.monotonic() - self.began) / fresh * max(0, self.total - self.done)
-        return clock(seconds)
+        speed = (time.monotonic() - began) / (self.done - before)
+        return clock(speed * max(0, self.total - self.done))
 
     def _draw(self, text: str) -> None:
         line = f"{text}  ETA {self.eta()}"

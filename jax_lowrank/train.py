@@ -59,8 +59,8 @@ class Fitted(NamedTuple):
     best_step: int
     validation_loss: float
     num_steps: int
-    seconds: float
-    tokens_per_second: float
+    seconds: float  # with compilation, validation and earlier sessions
+    tokens_per_second: float  # over those seconds
     resumed_at: tuple[int, ...]  # the steps at which it was continued from a checkpoint
 
 
@@ -281,7 +281,8 @@ class Training:
         self.step, self.tokens, self.lines, self.resumed_at = 0, 0, [], ()
         self.best, self.best_step, self.best_loss = sharding.fetch(trainable), 0, math.inf
         self.pending: tuple[Any, ...] | None = None
-        self.began = time.perf_counter()
+        self.began = self.since = time.perf_counter()
+        self.told = 0  # of the tokens, when `since` was
 
     def arrays(self) -> dict[str, Any]:
         """Every array that the rest of the run depends on."""
@@ -304,6 +305,7 @@ class Training:
         self.step, self.tokens, self.lines = facts["step"], facts["tokens"], facts["lines"]
         self.best_step, self.best_loss = facts["best_step"], facts["best_loss"]
         self.resumed_at = (*facts["resumed_at"], self.step)
+        self.told = self.tokens
         self.began -= facts["seconds"]
         for line in self.lines:
             self.log({**line, "resumed": True})
@@ -351,7 +353,9 @@ class Training:
         (step, count, losses, norms, rate, tokens), self.pending = self.pending, None
         losses, norms = sharding.fetch((losses, norms))  # waits until the call is done
         losses = losses[:count]
-        speed = tokens / (time.perf_counter() - self.began)
+        now = time.perf_counter()
+        speed = (tokens - self.told) / (now - self.since)
+        self.since, self.told = now, tokens
         bad = np.flatnonzero(~np.isfinite(losses))
         if bad.size:
             raise DivergedError(step + int(bad[0]) + 1, float(losses[bad[0]]))
@@ -370,6 +374,7 @@ class Training:
         """Log a validation, and keep the state when it is the best so far."""
         if self.step and not math.isfinite(loss):
             raise DivergedError(self.step, loss)
+        self.since = time.perf_counter()
         self.tell({"step": self.step, "validation_loss": loss})
         if loss < self.best_loss:
             self.best, self.best_step = sharding.fetch(self.trainable), self.step

@@ -207,5 +207,13 @@ def test_load_config(tmp_path):
     other.write_text("def config():\n    return 3\n")
     with pytest.raises(ConfigError, match="returns int, not a Study"):
         load_config(str(other))
+    several = tmp_path / "several.py"
+    several.write_text(
+        "from importlib.util import find_spec\nfrom jax_lowrank.config import Study\n"
+        "def smoke() -> Study: ...\ndef config(): ...\ndef folder() -> str: ...\n"
+        "def study(rows): ...\n"
+    )
+    with pytest.raises(ConfigError, match=r"'smok' is not one of \['smoke', 'config'\]"):
+        load_config(f"{several}:smok")
     with pytest.raises(ConfigError, match="no config file"):
         load_config(str(tmp_path))

@@ -4,6 +4,7 @@ import functools
 import json
 import math
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -194,7 +195,7 @@ def test_remat_changes_nothing():
     assert two.cost_analysis()["flops"] > 1.1 * one.cost_analysis()["flops"]
     expected, other = one(model.params), two(model.params)
     assert all(float(jnp.abs(g).max()) > 0 for g in jax.tree.leaves(expected))
-    jax.tree.map(lambda a, b: assert_close(a, b, atol=1e-5), expected, other)
+    chex.assert_trees_all_close(expected, other, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -2,6 +2,7 @@
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -137,7 +138,7 @@ def test_accumulated_micro_batches_equal_the_large_batch():
     for trainable, _, other_loss, other_norm in results[1:]:
         np.testing.assert_allclose(other_loss, loss, rtol=1e-6)
         np.testing.assert_allclose(other_norm, norm, rtol=1e-5)
-        jax.tree.map(lambda a, b: assert_close(a, b, atol=2e-6), trainable, reference)
+        chex.assert_trees_all_close(trainable, reference, atol=2e-6)
     # By hand: the sum over tokens by the number of tokens, not a mean of means.
     batch, model = ragged(), model_of("gpt2")
     nll = np.asarray(apply_of(model.graphdef)(model.params).nll(batch.tokens), np.float64)
@@ -217,7 +218,7 @@ def fitted(steps=10, steps_per_call=3, batches=None, validate=None, peak=1e-2):
 def test_steps_per_call_does_not_change_the_result():
     # Dropout included: it is decided by the number of the step, not by its place in a call.
     results = [fitted(steps_per_call=n)[0].trainable for n in (1, 3)]
-    jax.tree.map(lambda a, b: assert_close(a, b, atol=1e-6), *results)
+    chex.assert_trees_all_close(*results, atol=1e-6)
 
 
 def test_the_best_state_is_kept_on_the_host():

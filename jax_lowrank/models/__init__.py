@@ -175,12 +175,18 @@ def save(
     model: Model,
     params: nnx.State,
     max_shard_bytes: int = weights.SHARD_BYTES,
+    *,
+    tokens: Mapping[str, int | None] | None = None,
 ) -> None:
-    """Write `params` (those of `model` or fine-tuned from them) as a Hugging Face directory."""
+    """Write `params` (those of `model` or fine-tuned from them) as a Hugging Face directory.
+
+    tokens: ids that config.json is to name, such as eos_token_id; transformers takes GPT-2's own
+    for those of a model that names none.
+    """
     rows = FAMILIES[model.family].module.rows(model.config, model.head)
     if model.head.kind == "embedding":
         rows = weights.without_prefix(rows)
-    config = model.config.to_hf(model.head)
+    config = model.config.to_hf(model.head) | dict(tokens or {})
     weights.save(directory, by_path(params), rows, config, max_shard_bytes)
 
 

@@ -144,19 +144,19 @@ class Cell(NamedTuple):
 
     def finish(self, run, record, log, program, fitted, frozen, label) -> None:
         """Measure a run that is to be reported, and write the run."""
-        p, note = self.prepared, self.progress.note
-        if run.kind == "tune" and not p.kind.measures_tuning:
-            once(lambda: results.write_run(p.out, record, log))
-            note(f"{label}: validation loss {record['validation_loss']:.4f}")
-            return
-        began = time.perf_counter()
-        trainable = sharding.put(fitted.trainable, p.mesh)
-        apply, states = self.evaluated(program, trainable, frozen)
-        arrays, completions = p.kind.measure(p, apply, states)
-        record["seconds"]["evaluate"] = round(time.perf_counter() - began, 3)
-        weights = {} if run.kind == "tune" else models.by_path(fitted.trainable)
-        once(lambda: results.write_run(p.out, record, log, arrays, completions, weights))
-        note(f"{label}: {p.kind.summary(p, record, arrays)}")
+        p, tuning = self.prepared, run.kind == "tune"
+        # A learning rate is chosen by validation alone: test rows are for the report.
+        said, measured, weights = f"validation loss {record['validation_loss']:.4f}", (), {}
+        if not tuning or p.kind.measures_tuning:
+            began = time.perf_counter()
+            trainable = sharding.put(fitted.trainable, p.mesh)
+            measured = p.kind.measure(p, *self.evaluated(program, trainable, frozen))
+            record["seconds"]["evaluate"] = round(time.perf_counter() - began, 3)
+        if not tuning:
+            said = p.kind.summary(p, record, measured[0])
+            weights = models.by_path(fitted.trainable)
+        once(lambda: results.write_run(p.out, record, log, *measured, weights=weights))
+        self.progress.note(f"{label}: {said}")
 
     def evaluated(self, program: Program, trainable, frozen) -> tuple[Callable, tuple]:
         """What to measure: merged weights, which compile once for all methods, or, where merging

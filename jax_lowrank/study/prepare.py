@@ -236,7 +236,8 @@ def make_base(study: Study, task, text: Text, final: Path, note: Callable, mesh)
     note(f"pretrained in {clock(fitted.seconds)}: {fitted.validation_loss:.3f} nats per token")
 
     def write(directory: Path) -> None:
-        models.save(directory, model, fitted.trainable)
+        tokens = {name: getattr(text.tokenizer, name) for name in ("bos_token_id", "eos_token_id")}
+        models.save(directory, model, fitted.trainable, tokens=tokens)
         text.tokenizer.save_pretrained(directory)
         summary = {
             "steps": fitted.num_steps,
