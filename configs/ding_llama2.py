@@ -4,6 +4,7 @@
                                                            race, sexuality)
     jax-lowrank study configs/ding_llama2.py:ranks        (alpha = 16, r = 1 ... 64, religion)
     jax-lowrank study configs/ding_llama2.py:modern       (what one would run today, religion)
+    jax-lowrank study configs/ding_llama2.py:answers      (the same, answering Yes or No)
 
 Not run here: Llama-2 is licensed (accept it on the hub, then `--model.path` finds it) and full
 fine-tuning of 7B wants several accelerators (`--mesh.fsdp -1`; `finetune --dry-run --devices N`
@@ -17,6 +18,8 @@ run seeds: the published calibration runs evaluated models of other seeds on it,
 they had trained on. Identity flags are the annotators' majority, not the first annotator's.
 `modern` adapts all linear layers with rsLoRA and searches the learning rates on validation.
 """
+
+import dataclasses
 
 from jax_lowrank.config import EvalSpec, MethodSpec, ModelSpec, Study, TaskSpec, TrainSpec
 
@@ -94,6 +97,20 @@ def modern(model: str = MODEL) -> Study:
         MethodSpec("full", (5e-6, 1e-5, 2e-5)),
     )
     return study("ding_modern", "religion", methods, model, seeds=(1, 2, 3))
+
+
+def answers(model: str = MODEL) -> Study:
+    """As `modern`, answering Yes or No instead of with a head: the base model has a say too."""
+    whole = modern(model)
+    asked = {
+        "prompt": "Post: {text}\nQuestion: Is this post hateful?\nAnswer:",
+        "answers": {"not hateful": "No", "hateful": "Yes"},
+    }
+    task = dataclasses.replace(whole.task, options=whole.task.options | asked)
+    methods = tuple(method for method in whole.methods if method.name != "head")
+    return dataclasses.replace(
+        whole, name=whole.name.replace("modern", "answers"), task=task, methods=methods
+    )
 
 
 def study(

@@ -281,8 +281,8 @@ class Training:
         self.step, self.tokens, self.lines, self.resumed_at = 0, 0, [], ()
         self.best, self.best_step, self.best_loss = sharding.fetch(trainable), 0, math.inf
         self.pending: tuple[Any, ...] | None = None
-        self.began = self.since = time.perf_counter()
-        self.told = 0  # of the tokens, when `since` was
+        self.began = time.perf_counter()
+        self.mark = (self.began, 0)  # when speed was last told, and of how many tokens
 
     def arrays(self) -> dict[str, Any]:
         """Every array that the rest of the run depends on."""
@@ -305,8 +305,7 @@ class Training:
         self.step, self.tokens, self.lines = facts["step"], facts["tokens"], facts["lines"]
         self.best_step, self.best_loss = facts["best_step"], facts["best_loss"]
         self.resumed_at = (*facts["resumed_at"], self.step)
-        self.told = self.tokens
-        self.began -= facts["seconds"]
+        self.mark, self.began = (self.began, self.tokens), self.began - facts["seconds"]
         for line in self.lines:
             self.log({**line, "resumed": True})
         return True
@@ -317,8 +316,8 @@ class Training:
             return
         self.report()  # what is not finite is never saved
         names = ("step", "tokens", "lines", "best_step", "best_loss", "resumed_at")
-        facts = {name: getattr(self, name) for name in names}
-        facts["seconds"] = time.perf_counter() - self.began
+        seconds = time.perf_counter() - self.began
+        facts = {name: getattr(self, name) for name in names} | {"seconds": seconds}
         self.checkpoints.save(self.step, self.arrays(), facts)
         if self.checkpoints.asked:
             self.checkpoints.wait()
@@ -351,11 +350,9 @@ class Training:
         if self.pending is None:
             return
         (step, count, losses, norms, rate, tokens), self.pending = self.pending, None
-        losses, norms = sharding.fetch((losses, norms))  # waits until the call is done
-        losses = losses[:count]
-        now = time.perf_counter()
-        speed = (tokens - self.told) / (now - self.since)
-        self.since, self.told = now, tokens
+        losses, norms = (x[:count] for x in sharding.fetch((losses, norms)))  # waits for the call
+        (since, told), self.mark = self.mark, (time.perf_counter(), tokens)
+        speed = (tokens - told) / (self.mark[0] - since)
         bad = np.flatnonzero(~np.isfinite(losses))
         if bad.size:
             raise DivergedError(step + int(bad[0]) + 1, float(losses[bad[0]]))
@@ -374,7 +371,7 @@ class Training:
         """Log a validation, and keep the state when it is the best so far."""
         if self.step and not math.isfinite(loss):
             raise DivergedError(self.step, loss)
-        self.since = time.perf_counter()
+        self.mark = (time.perf_counter(), self.mark[1])
         self.tell({"step": self.step, "validation_loss": loss})
         if loss < self.best_loss:
             self.best, self.best_step = sharding.fetch(self.trainable), self.step

@@ -7,12 +7,16 @@ import jax
 import numpy as np
 import pytest
 import tiny_text
+from flax import nnx
+from scipy.special import log_softmax
 from test_study import run, words
 
 from jax_lowrank import cli, models, results
+from jax_lowrank.config import load_config
 from jax_lowrank.evaluation import probabilities
 from jax_lowrank.study import classification
-from jax_lowrank.tasks import TaskError, text_classification
+from jax_lowrank.study.prepare import load_text
+from jax_lowrank.tasks import TaskError, encode, text_classification
 
 CONFIG = """
 from jax_lowrank.config import EvalSpec, MethodSpec, ModelSpec, Study, TaskSpec, TrainSpec
@@ -23,14 +27,15 @@ def config():
         task=TaskSpec("text_classification", {{
             "path": {data!r},
             "options": {{"groups": ("even", "third"), "row_id": "id", "classes": ("neg", "pos")}},
-            "validation_fraction": 0.2, "test_fraction": 0.3,
+            "validation_fraction": 0.2, "test_fraction": 0.3, {asked}
         }}),
-        methods=(MethodSpec("head", (1e-2,)), MethodSpec("lora", (1e-2, 1e-3), rank=2),
-                 MethodSpec("full", (1e-3,))),
+        methods=({methods}),
         train=TrainSpec(epochs=1, batch_size=8, max_length=16), seeds=(1, 2),
         evaluate=EvalSpec(minimum=3, num_resamples=50),
     )
 """
+METHODS = """MethodSpec("head", (1e-2,)), MethodSpec("lora", (1e-2, 1e-3), rank=2),
+                 MethodSpec("full", (1e-3,))"""
 
 
 def texts(number=60):
@@ -48,7 +53,8 @@ def finished(tmp_path_factory):
     model = tiny_text.checkpoint(folder / "model")
     data = tiny_text.jsonl(folder / "data.jsonl", texts())
     config = folder / "tiny.py"
-    config.write_text(CONFIG.format(model=str(model), data=str(data)))
+    paths = {"model": str(model), "data": str(data)}
+    config.write_text(CONFIG.format(**paths, asked="", methods=METHODS))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cli, "use_fast_memory", lambda: None)
         patch.setattr(cli, "set_up_jax", lambda: None)
@@ -115,6 +121,69 @@ def test_other_labels_are_another_study(finished, monkeypatch, capsys):
     code, text = run(["study", config, "--out", out], monkeypatch, capsys)
     data.write_text(kept)
     assert code == 2 and "belongs to another study: tiny_classes" in text
+
+
+def test_a_decoder_answers_by_a_word_for_each_class(finished, monkeypatch, capsys, tmp_path):
+    asked = {"prompt": "the {text} is", "answers": {"neg": " bad", "pos": " good"}}
+    folder, config = finished[0].parent, tmp_path / "answers.py"
+    paths = {"model": str(folder / "model"), "data": str(folder / "data.jsonl")}
+    asked = str(asked | {"blank": "the box"})[1:-1]
+    method = 'MethodSpec("lora", (1e-2,), rank=2),'
+    config.write_text(CONFIG.format(**paths, asked=asked, methods=method))
+    code, printed = run(["study", config, "--out", tmp_path / "out"], monkeypatch, capsys)
+    assert code == 0, printed
+    study = results.read_study(tmp_path / "out")
+    said = study.study["answers"]
+    assert said["words"] == [" bad", " good"] and said["prompt"] == "the {text} is"
+    # The base model's logits are those of the two words, less their log probability when blank.
+    text, model = (read(folder / "model") for read in (load_text, models.load))
+    answers = [text.tokenizer(word)["input_ids"][0] for word in said["words"]]
+    by_id = {row["id"]: row["text"] for row in texts()}
+
+    def answer(words):
+        tokens = text.tokenizer(f"the {words} is", add_special_tokens=False)["input_ids"]
+        tokens = [text.tokenizer.bos_token_id] * text.bos + tokens
+        logits = nnx.merge(model.graphdef, model.params)(np.asarray([tokens]))
+        return np.asarray(logits[0, -1])[answers]
+
+    log_prior = log_softmax(answer("the box"))
+    np.testing.assert_allclose(said["blank_probabilities"], np.exp(log_prior), atol=1e-6)
+    base = study.runs[0].arrays["test/logits"]
+    for row, logits in list(zip(study.rows["test"].ids, base))[:3]:
+        np.testing.assert_allclose(logits, answer(by_id[row]) - log_prior, atol=1e-5)
+    page = (tmp_path / "out" / "report" / "index.html").read_text()
+    assert "contextual calibration" in page and "drawn by the run" not in page
+
+
+BAD_ANSWERS = {
+    "no place": ({"prompt": "is it?"}, r"prompt must hold \{text\} once"),
+    "a class without": ({"answers": {"neg": " bad"}}, "a word for each of neg, pos, not for neg"),
+    "long": ({"answers": {"neg": " bad good", "pos": " good"}}, "' bad good' is 2 tokens, not one"),
+    "the same": ({"answers": {"neg": " good", "pos": " good"}}, "are not distinct tokens"),
+    "no room": ({"prompt": "the " * 15 + "{text} is"}, "max_length must be 18 at least"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_ANSWERS)
+def test_answers_that_cannot_be_are_refused(finished, case):
+    config = load_config(str(finished[0]))
+    asked, message = BAD_ANSWERS[case]
+    right = {"prompt": "the {text} is", "answers": {"neg": " bad", "pos": " good"}}
+    options = {**config.task.options, **right, **asked}
+    text, model = (f(finished[0].parent / "model") for f in (load_text, models.load))
+    with pytest.raises(TaskError, match=message):
+        task = text_classification.make(**options)
+        classification.with_answers(config, task, text, model, None)
+
+
+def test_a_long_text_keeps_the_question(finished):
+    text = load_text(finished[0].parent / "model")
+    asked = {"prompt": "the {text} is good", "max_length": 6}
+    found = encode.encode_questions(["a", "b"], ["box key cat dog box", "box"], text, **asked)
+    words = [text.tokenizer.decode(tokens).split() for tokens in found.sequences]
+    start = [text.tokenizer.bos_token] if text.bos else []
+    assert words[0] == [*[*start, "the", "box", "key", "cat"][:4], "is", "good"]
+    assert words[1][-4:] == ["the", "box", "is", "good"] and found.num_truncated == 1
 
 
 def test_one_line_says_accuracy_and_the_worst_group_that_counts():

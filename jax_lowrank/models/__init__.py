@@ -35,10 +35,18 @@ FAMILIES = {
 }
 
 
+class Answers(NamedTuple):
+    """Next tokens that stand for the classes (C,), and what is taken off their logits (C,)."""
+
+    tokens: tuple[int, ...]
+    offsets: tuple[float, ...]
+
+
 class Model(NamedTuple):
     """A model split once: what is static, what is an array, and how its family names things.
 
     head_paths: the parameters that are the task's head; every fine-tuning method trains them.
+    answers: of a language model that classifies by them; see `answering`.
     """
 
     family: str
@@ -48,6 +56,7 @@ class Model(NamedTuple):
     presets: Mapping[str, str]
     head: Head
     head_paths: tuple[str, ...]
+    answers: Answers | None = None
 
 
 def family_of(model_type: str) -> Family:
@@ -150,6 +159,20 @@ def redraw(model: Model, key: jax.Array, paths: Sequence[str]) -> Model:
     shardings = [arrays[path].sharding for path in paths]
     drawn = jax.jit(draw, out_shardings=shardings)(key)
     return model._replace(params=with_arrays(model.params, arrays | dict(zip(paths, drawn))))
+
+
+def answering(model: Model, answers: Sequence[int], offsets: Sequence[float]) -> Model:
+    """A causal language model that classifies by the logits of the classes' answer tokens.
+
+    answers: token ids (C,), distinct. offsets (C,): taken off the logits, such as the words' log
+    probabilities where there is nothing to answer (contextual calibration, Zhao et al. 2021).
+    Raises ValueError for a model with another head.
+    """
+    if model.head.kind != "causal-lm":
+        raise ValueError(f"a {model.head.kind} head predicts no next token to answer with")
+    net, found = nnx.merge(model.graphdef, model.params), Answers(tuple(answers), tuple(offsets))
+    net.answers, net.offsets = found
+    return model._replace(graphdef=nnx.split(net)[0], answers=found)
 
 
 def abstract(raw: Mapping, dtype=jnp.float32, head: Head | None = None) -> Model:

@@ -45,6 +45,9 @@ class Decoder(nnx.Module):
         self.project_in, self.project_out = project_in, project_out
         self.cache_shape, self.window = cache_shape, window  # (L, K, N)
         self.remat, self.layout = "dots", Layout()  # see `adapt.method.bind`
+        # Token of each class, and what is taken off its logit; see `models.answering`.
+        self.answers: tuple[int, ...] = ()
+        self.offsets: tuple[float, ...] = ()
 
     def hidden(
         self,
@@ -87,8 +90,11 @@ class Decoder(nnx.Module):
         return unembed(self.final(x, key), self.output_table)
 
     def classify(self, tokens: Array, mask: Array | None = None, key: Array | None = None) -> Array:
-        """Class logits (B, C) in float32, read from the last real token of each row."""
-        if self.classifier is None:
+        """Class logits (B, C) in float32, read from the last real token of each row.
+
+        Of the classification head, or of the classes' answer tokens coming next.
+        """
+        if self.classifier is None and not self.answers:
             raise ValueError("the model has no classification head; load it with one")
         x, _, _ = self.hidden(tokens, mask, key=key)
         if mask is None:
@@ -97,7 +103,11 @@ class Decoder(nnx.Module):
             behind = jnp.argmax(mask[:, ::-1], axis=1)  # pads after the last real token
             last = jnp.take_along_axis(x, (tokens.shape[1] - 1 - behind)[:, None, None], axis=1)
             last = last[:, 0]
-        return self.classifier(self.final(last, key), key)
+        last = self.final(last, key)
+        if self.classifier is not None:
+            return self.classifier(last, key)
+        table = self.output_table[jnp.asarray(self.answers)]
+        return unembed(last, table) - jnp.asarray(self.offsets, jnp.float32)[None]
 
     def nll(self, tokens: Array, key: Array | None = None, segments: Array | None = None) -> Array:
         """-log p(tokens[:, t] | tokens[:, :t]) in nats, (B, S) float32; 0 where a text begins.

@@ -1,19 +1,23 @@
 """Studies of classification: logits of every validation and test row, class by class.
 
-The head is drawn by each run's seed where the checkpoint has none. Learning rates and steps are
+The head is drawn by each run's seed where the checkpoint has none, unless the language model itself
+answers by a word for each class (`tasks.text_classification.Answers`). Learning rates and steps are
 chosen by the validation rows' mean -log p of the right class; test rows choose nothing.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import numpy as np
+from scipy.special import log_softmax
 
 from jax_lowrank import data, infer, models, results, sharding, train
 from jax_lowrank.config import Study, nearest, require
 from jax_lowrank.evaluation import probabilities
 from jax_lowrank.study.parts import Examples, Kind, Prepared, Text
+from jax_lowrank.study.training import bind_to
 from jax_lowrank.tasks import Classification, encode, text_classification
 
 HELD_OUT = ("validation", "test")
@@ -40,6 +44,30 @@ def check(study: Study, task: Classification, text: Text, model: models.Model) -
     check_apart(task)
 
 
+def with_answers(
+    study: Study, task: Classification, text: Text, model: models.Model, mesh
+) -> models.Model:
+    """The model, told the classes' answer tokens and how probable each is after a blank text."""
+    if task.answers is None:
+        return model
+    prompt, words, blank = task.answers
+    tokens = encode.answer_tokens(words, text)
+    asked = models.answering(model, tokens, [0.0] * len(words))
+    if not blank:
+        return asked
+    question = encode.encode_questions(
+        ["the blank"], [blank], text, prompt=prompt, max_length=study.train.max_length
+    )
+    states, apply = (sharding.put(model.params, mesh),), bind_to(asked.graphdef, mesh)
+    logits = infer.classify(apply, states, question.sequences, batch_size=1, pad_id=text.pad_id)
+    return models.answering(model, tokens, log_softmax(logits[0]).tolist())
+
+
+def head(task: Classification) -> models.Head:
+    """A head of the task's classes, or the language model's own where it is to answer."""
+    return models.Head() if task.answers else models.Head("classification", task.classes)
+
+
 def check_apart(task: Classification) -> None:
     """Raise TaskError when a row to evaluate on is one that was trained on."""
     for split in HELD_OUT:
@@ -47,9 +75,12 @@ def check_apart(task: Classification) -> None:
 
 
 def encoded(study: Study, task: Classification, text: Text, split: str) -> encode.Encoded:
-    """Token ids of a split, as the tokenizer wraps a text."""
+    """Token ids of a split, as the tokenizer wraps a text or the prompt asks about it."""
     rows = task.splits[split]
     length = study.train.max_length
+    if task.answers:
+        asked = {"prompt": task.answers.prompt, "max_length": length}
+        return encode.encode_questions(rows.ids, rows.texts, text, **asked)
     return encode.encode("classification", rows.ids, rows.texts, text, max_length=length)
 
 
@@ -118,6 +149,7 @@ def describe(p: Prepared) -> dict:
     return {
         "classes": list(task.classes),
         "positive": p.study.evaluate.positive or task.classes[-1],
+        "answers": answered(p),
         "splits": {
             name: {
                 "rows": len(rows.ids),
@@ -129,6 +161,20 @@ def describe(p: Prepared) -> dict:
             }
             for name, rows in task.splits.items()
         },
+    }
+
+
+def answered(p: Prepared) -> dict | None:
+    """The prompt, and of each class its word and the probability divided out."""
+    if p.task.answers is None:
+        return None
+    prompt, words, blank = p.task.answers
+    prior = [round(math.exp(offset), 6) for offset in p.model.answers.offsets]
+    return {
+        "prompt": prompt,
+        "words": list(words),
+        "blank": blank,
+        "blank_probabilities": prior if blank else None,
     }
 
 
@@ -145,7 +191,8 @@ def rows(p: Prepared) -> dict[str, results.Rows]:
 CLASSIFICATION = Kind(
     name="classification",
     data_hash=text_classification.data_hash,
-    head=lambda task: models.Head("classification", task.classes),
+    head=head,
+    finish_model=with_answers,
     scorer=lambda study, task: None,
     check=check,
     examples=examples,

@@ -181,6 +181,7 @@ COMPLETIONS = Kind(
     name="completions",
     data_hash=tasks.data_hash,
     head=lambda task: models.Head("causal-lm"),
+    finish_model=lambda study, task, text, model, mesh: model,
     scorer=make_scorer,
     check=check,
     examples=examples,

@@ -44,7 +44,8 @@ class Kind(NamedTuple):
     """What a study does in its own way for one kind of task, as pure functions of `Prepared`.
 
     name: chooses the report. data_hash(task), head(task), scorer(study, task) -> what judges, or
-    None. check(study, task, text, model): raises ConfigError or TaskError before any work.
+    None. finish_model(study, task, text, model, mesh) -> the model as the task uses it.
+    check(study, task, text, model): raises ConfigError or TaskError before any work.
     examples(p, split): rows to train or to validate on. batches(p, examples, seed); loss: of
     train.py. validate(p, apply, states, examples) -> nats, what learning rates and steps are chosen
     by. measure(p, apply, states) -> arrays and completions (`results.RunResult`), and `summary` of
@@ -57,6 +58,7 @@ class Kind(NamedTuple):
     data_hash: Callable[[Any], str]
     head: Callable[[Any], models.Head]
     scorer: Callable[[Study, Any], Any]
+    finish_model: Callable[[Study, Any, Text, models.Model, Any], models.Model]
     check: Callable[[Study, Any, Text, models.Model], None]
     examples: Callable[[Prepared, str], Examples]
     batches: Callable[[Prepared, Examples, int], Any]

@@ -59,6 +59,7 @@ def prepare(
     note_uncut(model, mesh, note)
     check_methods(study, model)
     text = text._replace(vocab_size=model.config.vocab_size)
+    model = kind.finish_model(study, task, text, model, mesh)
     kind.check(study, task, text, model)
     pretrained = provenance.read_json(directory / "pretrain.json")
     weights_hash = provenance.hash_files(directory)

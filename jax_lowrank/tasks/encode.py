@@ -67,6 +67,43 @@ def encode(
     return Encoded(sequences, counted if mask_prompt else None, num_truncated)
 
 
+def encode_questions(
+    ids: Sequence[str], texts: Sequence[str], text: Any, *, prompt: str, max_length: int
+) -> Encoded:
+    """Token ids of a prompt around each text; of a row that is too long, the text loses its end.
+
+    prompt: holds {text} once. Raises TaskError where no token of a text fits beside the prompt.
+    """
+    before, after = prompt.split("{text}")
+    start = [text.tokenizer.bos_token_id] if text.bos else []
+    end = _plain(after, text)
+    opened = [start + _plain(before + each, text) for each in texts]
+    room = max_length - len(end)
+    least = len(start) + len(_plain(before, text)) + 1
+    if room < least:
+        raise TaskError(
+            f"the prompt alone takes {least - 1 + len(end)} of the {max_length} tokens allowed;"
+            f" train.max_length must be {least + len(end)} at least"
+        )
+    sequences = [tokens[:room] + end for tokens in opened]
+    _check_vocabulary(ids, sequences, text.vocab_size)
+    return Encoded(sequences, None, sum(len(tokens) > room for tokens in opened))
+
+
+def answer_tokens(words: Sequence[str], text: Any) -> list[int]:
+    """The token of each answer word. Raises TaskError unless each is one token, and all differ."""
+    tokens = [_plain(word, text) for word in words]
+    for word, found in zip(words, tokens):
+        if len(found) != 1:
+            raise TaskError(
+                f"the answer {word!r} is {len(found)} tokens, not one; try another word, or a space"
+                " less or more before it, as the tokenizer wants it"
+            )
+    if len({found[0] for found in tokens}) < len(words):
+        raise TaskError(f"the answers {', '.join(map(repr, words))} are not distinct tokens")
+    return [found[0] for found in tokens]
+
+
 def encode_prompts(prompts: Sequence[Any], text: Any, *, chat: bool) -> list:
     """Token ids of what a model is to continue: strings, or with `chat` conversations."""
     v = text

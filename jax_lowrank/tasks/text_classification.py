@@ -37,9 +37,23 @@ SOURCE_NAMES = {
 }
 
 
+class Answers(NamedTuple):
+    """How a decoder names a class: by the word that follows the prompt.
+
+    prompt: holds {text} once. words: one for each class, in the order of the classes. blank: a text
+    that says nothing; how probable the words are after it is divided out (contextual calibration,
+    Zhao et al. 2021), so that a word's own frequency chooses no class. Empty: nothing is.
+    """
+
+    prompt: str
+    words: tuple[str, ...]
+    blank: str
+
+
 class Classification(NamedTuple):
     """splits: train, validation (if any) and test. hashes: of each split's ids in order. notes:
-    what the report says of the data: counts, repeated texts, what was left out.
+    what the report says of the data: counts, repeated texts, what was left out. answers: None where
+    a head classifies.
     """
 
     splits: Mapping[str, Grouped]
@@ -47,6 +61,7 @@ class Classification(NamedTuple):
     group_names: tuple[str, ...]
     hashes: Mapping[str, str]
     notes: Mapping[str, str]
+    answers: Answers | None = None
 
     def ids(self) -> dict[str, list[str]]:
         """What a run saves of its splits."""
@@ -65,6 +80,9 @@ def make(
     keep: Mapping[str, float] | None = None,
     max_rows: int = 0,
     max_train: int = 0,
+    prompt: str = "",
+    answers: Mapping[str, str] | None = None,
+    blank: str = "N/A",
 ) -> Classification:
     """Read, split and, if asked, unbalance.
 
@@ -73,7 +91,8 @@ def make(
     cut from its training rows); 'source', as the file says. validation_fraction: of all rows, and
     of the training rows for the other two. keep: class or group name -> share of its training rows
     to keep. max_rows: a seeded choice of all rows first, max_train: of the training rows last; 0:
-    all. TaskError for what cannot be done.
+    all. prompt, answers (class -> word), blank: for decoders that answer by a word; see Answers.
+    TaskError for what cannot be done.
     """
     if reader not in READERS:
         raise TaskError(f"reader must be one of {', '.join(READERS)}, not {reader!r}")
@@ -108,16 +127,19 @@ def make(
         if not part.ids:
             raise TaskError(f"{path}: no rows are left for {name}; it has {len(rows.ids)} in all")
     hashes = {name: split_hash(part.ids) for name, part in splits.items()}
-    return Classification(splits, rows.classes, rows.group_names, hashes, notes)
+    asked = _answers(prompt, answers, blank, rows.classes)
+    return Classification(splits, rows.classes, rows.group_names, hashes, notes, asked)
 
 
 def data_hash(task: Classification) -> str:
-    """SHA-256 over classes, group names, and each split's ids, texts, labels and groups."""
+    """SHA-256 over classes, group names, answers, and each split's ids, texts, labels, groups."""
     parts: list[Any] = [list(task.classes), list(task.group_names)]
     for name in sorted(task.splits):
         rows = task.splits[name]
         members = [np.flatnonzero(row).tolist() for row in rows.groups]
         parts.append([name, list(rows.ids), list(rows.texts), rows.labels.tolist(), members])
+    if task.answers:
+        parts.append(["answers", *task.answers])
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
@@ -185,6 +207,21 @@ def check_unseen(trained: Sequence[str], evaluated: Sequence[str]) -> None:
             f"{len(both)} of {len(evaluated)} rows to evaluate on were trained on, e.g."
             f" {min(both)}: evaluate on the test split that was saved with the run"
         )
+
+
+def _answers(
+    prompt: str, words: Mapping[str, str] | None, blank: str, classes: Sequence[str]
+) -> Answers | None:
+    if not words and not prompt:
+        return None
+    if prompt.count("{text}") != 1:
+        raise TaskError(f"prompt must hold {{text}} once, where the text goes; it is {prompt!r}")
+    if set(words or {}) != set(classes):
+        raise TaskError(
+            f"answers must name a word for each of {', '.join(classes)}, not for"
+            f" {', '.join(words or {}) or 'none'}"
+        )
+    return Answers(prompt, tuple(words[name] for name in classes), blank)
 
 
 def _every(order: np.ndarray, fraction: float, rng) -> tuple[np.ndarray, np.ndarray]:
