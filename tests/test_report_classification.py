@@ -13,9 +13,10 @@ import report_classification
 from test_report_page import _read
 
 from jax_lowrank.evaluation import calibration
+from jax_lowrank.evaluation.probabilities import smooth_calibration_error
 from jax_lowrank.report import grid as grids
 from jax_lowrank.report import kinds
-from jax_lowrank.report.classification import claims, effects, figures, numbers, page
+from jax_lowrank.report.classification import claims, effects, figures, numbers, page, scores
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +79,30 @@ def test_groups_with_too_few_rows_stay_with_their_reason(case):
     assert small.cells["tpr"].value == pytest.approx(rate)
     assert small.cells["tpr"].n == positives.sum()
     assert small.cells["ece"].expected > 0
+
+
+def test_scores_of_groups_are_those_of_the_runs(case):
+    each = case.outputs["LoRA r=1"]
+    overall, large, small, tiny = scores.of_groups(case, each)
+    assert list(small) == list(scores.TITLES)
+    inside, positive = case.members[:, 1], case.labels == case.positive
+    f1, auc, bpsn = [], [], []
+    for predictions, chance in zip(each.predictions, each.chance):
+        said = predictions == case.positive
+        right = (said & positive)[inside].sum()
+        f1.append(2 * right / (said[inside].sum() + positive[inside].sum()))
+        pairs = chance[inside & positive][:, None] - chance[inside & ~positive][None]
+        auc.append(((pairs > 0) + (pairs == 0) / 2).mean())
+        pairs = chance[~inside & positive][:, None] - chance[inside & ~positive][None]
+        bpsn.append(((pairs > 0) + (pairs == 0) / 2).mean())
+    for name, values in {"f1": f1, "subgroup_auc": auc, "bpsn_auc": bpsn}.items():
+        assert small[name].value == pytest.approx(np.mean(values))
+        assert small[name].low < small[name].value < small[name].high
+    smooth = smooth_calibration_error(each.chance, each.event, case.members[:, [1]]).mean()
+    assert small["smooth_ece"].value == pytest.approx(smooth)
+    assert small["subgroup_auc"].value < 0.6 < large["subgroup_auc"].value  # rank 1 fails Small
+    assert all(math.isnan(cell.value) and "fewer than 10" in cell.reason for cell in tiny.values())
+    assert overall["f1"].n == positive.sum()
 
 
 def test_distances_find_the_group_that_is_served_worse(case):

@@ -10,7 +10,7 @@ from jax_lowrank.evaluation import subgroups
 from jax_lowrank.report import claims as claiming
 from jax_lowrank.report import drawing, metrics, page, tables
 from jax_lowrank.report.claims import Claim
-from jax_lowrank.report.classification import answer, claims, effects, figures, numbers
+from jax_lowrank.report.classification import answer, claims, effects, figures, numbers, scores
 from jax_lowrank.report.classification.numbers import RATES, TITLES, Case
 from jax_lowrank.report.metrics import Metric
 from jax_lowrank.results import RunResult, StudyResult
@@ -40,6 +40,7 @@ def render(case: Case, found: list[Claim]) -> str:
     grid = case.grid
     summary, apart = numbers.summary(case), numbers.distances(case)
     groups = {label: numbers.group_rows(case, label) for label in case.outputs}
+    worth = {label: scores.of_groups(case, each) for label, each in case.outputs.items()}
     pairs = effects.at_best(case)
     matched = effects.matched(case)
     shown = [*pairs, *([matched] if matched else [])]
@@ -64,6 +65,8 @@ def render(case: Case, found: list[Claim]) -> str:
             titles=TITLES,
             rates_shown=RATES,
             groups=groups,
+            worth=worth,
+            score_titles=scores.TITLES,
             roles=figures.roles(case),
             gaps={label: [gap for gap in gaps if gap.label == label] for label in case.outputs},
             effects=[*shown, *effects.at_one_rate(case)],
@@ -112,21 +115,19 @@ def run_metrics(case: Case, run: RunResult) -> list[Metric]:
             extra = {"null_mean": float(null.null_mean[0]), "p": float(null.p[0])}
         reason = found.gap_reason[0, k]
         said.append(Metric("test", "", name, *ends, n=case.labels.size, reason=reason, **extra))
-    return said + _calibration(case, run)
+    return said + _of_probabilities(case, run)
 
 
-def _calibration(case: Case, run: RunResult) -> list[Metric]:
-    outputs = next(
-        (each for label, each in case.outputs.items() if label == run.record["label"]), None
-    )
-    if run.record["kind"] != "final" or outputs is None:
+def _of_probabilities(case: Case, run: RunResult) -> list[Metric]:
+    """What a reported run's probabilities say, overall and by group: calibration errors, AUCs."""
+    if run.record["kind"] != "final" or run.record["label"] not in case.outputs:
         return []
-    one = outputs.take([run.record["seed"]])
+    one = case.outputs[run.record["label"]].take([run.record["seed"]])
     everyone = np.column_stack([np.ones(case.labels.size, bool), case.members])
-    cells = numbers.calibrated(case, one.chance, one.event, everyone)[0]
+    errors, worth = numbers.calibrated(case, one.chance, one.event, everyone)[0], scores.of_groups
     return [
-        Metric(
-            "test", group, "ece", *cell[:3], n=cell.n, null_mean=cell.expected, reason=cell.reason
-        )
-        for group, cell in zip(("", *case.names), cells)
+        Metric("test", group, name, *c[:3], n=c.n, null_mean=c.expected, reason=c.reason)
+        for group, error, cells in zip(("", *case.names), errors, worth(case, one))
+        for name, c in {"ece": error, **cells}.items()
+        if name not in ("ppv", "f1")  # among the rates already
     ]

@@ -1,0 +1,83 @@
+"""What the groups' scores are worth: precision, F1, the three AUCs, calibration without bins.
+
+Means over seeds of each run's value and of its limits, which cover rows alone. With more than two
+classes there is no AUC, since no score orders the rows.
+"""
+
+import numpy as np
+
+from jax_lowrank.evaluation import probabilities, ranking, subgroups
+from jax_lowrank.report.classification.numbers import Case, Cell, Outputs, options
+
+TITLES = {
+    "ppv": "Positive predictive value",
+    "f1": "F1",
+    "subgroup_auc": "AUC inside the group",
+    "bpsn_auc": "AUC of its negatives and other positives (BPSN)",
+    "bnsp_auc": "AUC of its positives and other negatives (BNSP)",
+    "smooth_ece": "Smooth calibration error",
+}
+
+
+def of_groups(case: Case, each: Outputs) -> list[dict[str, Cell]]:
+    """A Cell by metric of TITLES for all rows, then of every group."""
+    everyone = np.column_stack([np.ones(case.labels.size, bool), case.members])
+    found = {**_rates(case, each, everyone), "smooth_ece": _smooth(case, each, everyone)}
+    if len(case.grid.study["classes"]) == 2:
+        found |= _aucs(case, each, everyone)
+    return [
+        {name: found[name][g] for name in TITLES if name in found} for g in range(len(everyone.T))
+    ]
+
+
+def _rates(case: Case, each: Outputs, everyone: np.ndarray) -> dict[str, list[Cell]]:
+    measured = subgroups.measure(
+        case.labels,
+        each.predictions,
+        everyone,
+        num_classes=len(case.grid.study["classes"]),
+        positive=case.positive,
+        num_permutations=0,
+        **options(case),
+    )
+    rates = measured.rates
+    return {
+        name: _cells(
+            *(getattr(part, name) for part in (rates.by_group, measured.low, measured.high)),
+            getattr(rates.support, name),
+            getattr(rates.reason, name),
+        )
+        for name in ("ppv", "f1")
+    }
+
+
+def _aucs(case: Case, each: Outputs, everyone: np.ndarray) -> dict[str, list[Cell]]:
+    settings = {name: case.settings[name] for name in ("minimum", "level")}
+    is_positive = (case.labels == case.positive).astype(int)
+    found = ranking.bias_aucs(each.chance, is_positive, everyone, **settings)
+    parts = {"subgroup_auc": found.subgroup, "bpsn_auc": found.bpsn, "bnsp_auc": found.bnsp}
+    return {
+        name: _cells(
+            part.auc, part.low, part.high, np.minimum(part.positives, part.negatives), part.reason
+        )
+        for name, part in parts.items()
+    }
+
+
+def _smooth(case: Case, each: Outputs, everyone: np.ndarray) -> list[Cell]:
+    values = probabilities.smooth_calibration_error(each.chance, each.event, everyone)
+    sizes, minimum = everyone.sum(0), case.settings["minimum"]
+    few = sizes < minimum
+    reasons = [f"{n} rows, fewer than {minimum}" if n < minimum else "" for n in sizes]
+    none = np.full_like(values, np.nan)
+    return _cells(np.where(few, np.nan, values), none, none, sizes, np.array(reasons, object))
+
+
+def _cells(values, low, high, support, reasons) -> list[Cell]:
+    """Cells of arrays (S, G), whose last two may be (G,); NaN in a seed is NaN, with its reason."""
+    support, reasons = (np.broadcast_to(part, values.shape) for part in (support, reasons))
+    ends = [part.mean(0) for part in (values, low, high)]
+    return [
+        Cell(*(float(end[g]) for end in ends), int(support[:, g].min()), max(reasons[:, g]))
+        for g in range(values.shape[1])
+    ]
