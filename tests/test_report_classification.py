@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import math
+import re
 import runpy
 from pathlib import Path
 
@@ -14,8 +15,8 @@ from test_report_page import _read
 
 from jax_lowrank.evaluation import calibration
 from jax_lowrank.evaluation.probabilities import smooth_calibration_error
+from jax_lowrank.report import drawing, kinds
 from jax_lowrank.report import grid as grids
-from jax_lowrank.report import kinds
 from jax_lowrank.report.classification import claims, effects, figures, numbers, page, scores
 
 
@@ -261,3 +262,8 @@ def test_rank_one_in_a_share_of_the_layers_is_a_rank_below_one():
     whole = {**record, "label": "LoRA r=8 (qv)", "rank": 8}
     whole["method"] = {**method, "layer_fraction": 1.0}
     assert grids.size(whole) == 8 and grids.series(whole) == "LoRA (qv)"
+
+
+def test_rounding_is_not_drawn_as_a_trend():
+    shown = drawing.panel("flat", "flat", lambda axes: axes.plot([0, 1, 2], [1e-17, 0, -2e-17]))
+    assert "1e" not in re.sub(r"<[^>]*>", "", shown.svg)

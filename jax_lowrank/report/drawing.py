@@ -72,6 +72,9 @@ def panel(
         axes.grid(True, axis="y")
         axes.set_axisbelow(True)
         draw(axes)
+        low, high = axes.get_ylim()
+        if high - low < 1e-9:  # equal but for rounding, which is nothing to look at
+            axes.set_ylim(low - 0.05, high + 0.05)
         out = io.StringIO()
         figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
     return Panel(title, _inline(out.getvalue(), f"{title}. {alt}"), alt)
