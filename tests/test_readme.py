@@ -14,6 +14,7 @@ import pytest
 from jax_lowrank import cli
 
 ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.slow  # test_export and test_finetune prove the parts
 SECTION = "## Fine-tune a model, take the result elsewhere"
 ORACLE = "tests/oracles/"  # scripts that need PyTorch
 SAYS_ORACLE = ("transformers:", "PEFT:", "the base alone:", "saved by PEFT")
