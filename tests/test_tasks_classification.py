@@ -7,10 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from jax_lowrank.config import load_config
 from jax_lowrank.tasks import grouped, readers, text_classification
 from jax_lowrank.tasks.task import TaskError
 
-SHARED = Path(__file__).parents[2] / "shared" / "data"
+ROOT = Path(__file__).parents[1]
+SHARED = ROOT.parent / "shared" / "data"
 needs_data = pytest.mark.skipif(not SHARED.is_dir(), reason="../shared/data is not there")
 
 
@@ -291,6 +293,19 @@ def test_a_tfds_source_with_its_splits(tmp_path, monkeypatch):
     assert train.groups[place].tolist() == [True, False]
     one = grouped.read_columns("tfds:identities:test", **options)
     assert set(one.source_splits) == {"test"} and len(one.ids) == 4
+
+
+def test_civil_comments_has_the_columns_of_its_config(tmp_path, monkeypatch):
+    tfds = pytest.importorskip("tensorflow_datasets")
+    asked = []
+    monkeypatch.setattr(tfds, "data_source", lambda name, split: asked.append(name) or {})
+    options = load_config(str(ROOT / "configs/civil_comments.py")).task.options
+    with pytest.raises(TaskError, match="no rows in it"):
+        text_classification.make(**options)
+    name, config = asked[0].split("/")  # the data set's own class, which needs no download
+    builder = tfds.builder_cls(name)(config=config, data_dir=tmp_path)
+    columns = {"text", options["options"]["label"], *options["options"]["groups"]}
+    assert columns <= set(builder.info.features)
 
 
 def test_a_tfds_address_that_names_nothing_is_one_sentence(tmp_path, monkeypatch):

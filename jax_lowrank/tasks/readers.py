@@ -252,6 +252,7 @@ def _read_tfds(address: str) -> list[Mapping[str, Any]]:
     """The rows of one or all splits, under $TFDS_DATA_DIR, with their split in TFDS_SPLIT."""
     name, _, split = address.removeprefix(TFDS).partition(":")
     import tensorflow_datasets as tfds  # a second to import, and only wanted here
+    import tensorflow_datasets.text  # without TensorFlow nothing else registers these
 
     try:
         found = tfds.data_source(name, split=split or None)
