@@ -70,9 +70,16 @@ def is_adapter(directory: Path) -> bool:
 
 
 def to_files(
-    model: models.Model, graphdef, trainable, frozen, options: Mapping[str, Any], name: str
+    model: models.Model,
+    graphdef,
+    trainable,
+    frozen,
+    options: Mapping[str, Any],
+    name: str,
+    revision: str | None = None,
 ) -> peft_format.PeftFiles:
-    """A LoRA model as PEFT's two files; `name` is where PEFT finds the base model."""
+    """A LoRA model as PEFT's two files; PEFT finds the base model at `name`, on the hub at that
+    revision."""
     arrays = models.by_path(trainable)
     return peft_format.to_peft(
         lora.factors(graphdef, trainable, frozen),
@@ -82,6 +89,7 @@ def to_files(
         shapes_of(model),
         kind=model.head.kind,
         base=name,
+        revision=revision,
         architecture=model.config.to_hf(model.head)["architectures"][0],
     )
 

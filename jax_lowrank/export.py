@@ -37,8 +37,8 @@ class ExportError(ValueError):
 class Run(NamedTuple):
     """A finished run as it lies on disk.
 
-    source: what the user gave as the model, a hub id or a directory; base: its local directory.
-    dtype: of the frozen base in training. options: of the method, without its name.
+    base: directory of the base model. dtype: of the frozen base in training.
+    options: of the method, without its name.
     weights_hash, data_hash: of the base model and of what the run was trained on.
     metrics: dicts as in `model_card.Card`.
     """
@@ -46,7 +46,6 @@ class Run(NamedTuple):
     directory: Path
     fingerprint: str
     record: dict[str, Any]
-    source: str
     base: Path
     dtype: str
     head: Head | None
@@ -142,17 +141,15 @@ def _study_run(run: Path, record: dict) -> Run:
     study = json.loads((run.parents[1] / "study.json").read_text(encoding="utf-8"))
     wanted, spec = study["model"]["weights_hash"], study["config"]["model"]
     if spec["path"]:
-        source, base = spec["path"], find_base(spec["path"], spec["revision"], wanted)
+        base = find_base(spec["path"], spec["revision"], wanted)
     else:
         base = _pretrained(run.parents[1] / "base", wanted)
-        source = str(base)
     rates = tuple(record["method"]["learning_rates"])
     method = MethodSpec(**{**record["method"], "learning_rates": rates})
     return Run(
         run,
         record["fingerprint"],
         record,
-        source,
         base,
         (record["dtypes"]["frozen"] or ["float32"])[0],
         None,
@@ -174,7 +171,6 @@ def _finetune_run(run: Path, record: dict, config: dict) -> Run:
         run,
         record["fingerprint"],
         record,
-        model["path"],
         base,
         model["dtype"],
         head,
@@ -277,21 +273,24 @@ def base_config(base: Path, ours: Mapping[str, Any]) -> dict[str, Any]:
 def as_peft(run: Run, trained: Trained) -> peft_format.PeftFiles:
     """A LoRA run as PEFT's two files."""
     parts = (trained.graphdef, trained.trainable, trained.frozen)
-    return adapters.to_files(trained.base, *parts, run.options, _public_name(run))
+    return adapters.to_files(trained.base, *parts, run.options, *public_name(run.base))
 
 
-def _is_hub(run: Run) -> bool:
-    # Where huggingface_hub keeps its snapshots.
-    return f"models--{run.source.replace('/', '--')}" in run.base.resolve().parts
-
-
-def _public_name(run: Run) -> str:
-    return run.source if _is_hub(run) else str(run.base.resolve())
+def public_name(base: Path) -> tuple[str, str | None]:
+    """Where others find a base model: the hub id and commit of a snapshot as huggingface_hub keeps
+    them (models--OWNER--NAME/snapshots/COMMIT), else the directory and None.
+    """
+    base = base.resolve()
+    owner = base.parents[1].name
+    if base.parent.name == "snapshots" and owner.startswith("models--"):
+        return owner.removeprefix("models--").replace("--", "/"), base.name
+    return str(base), None
 
 
 def card_of(run: Run, trained: Trained, format: str) -> model_card.Card:
     """The model card of an export."""
     record, head = run.record, trained.base.head
+    name, commit = public_name(run.base)
     facts = [
         ("run (fingerprint)", run.fingerprint),
         ("method", record.get("label") or run.method),
@@ -303,7 +302,8 @@ def card_of(run: Run, trained: Trained, format: str) -> model_card.Card:
         ("seed", run.seed),
         ("steps", record.get("num_steps")),
         ("trained parameters", record.get("trainable_parameters")),
-        ("base model", _public_name(run)),
+        ("base model", name),
+        ("its commit on the hub", commit),
         ("SHA-256 of the base model", run.weights_hash),
         ("SHA-256 of the adapter that training went on from", _went_on_from(record)),
         ("SHA-256 of the data", run.data_hash),
@@ -311,10 +311,10 @@ def card_of(run: Run, trained: Trained, format: str) -> model_card.Card:
         ("jax_lowrank", record.get("environment", {}).get("jax_lowrank")),
     ]
     return model_card.Card(
-        title=f"{Path(run.source).name}, {record.get('label') or run.method}",
+        title=f"{Path(name).name}, {record.get('label') or run.method}",
         format=format,
-        base=_public_name(run),
-        base_is_hub=_is_hub(run),
+        base=name,
+        commit=commit,
         kind=head.kind,
         labels=head.labels,
         method=run.method,

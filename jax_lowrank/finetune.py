@@ -28,7 +28,7 @@ from jax_lowrank.config_run import DataSpec, FinetuneSpec
 from jax_lowrank.models.head import Head
 from jax_lowrank.processes import is_first, once
 from jax_lowrank.progress import Progress
-from jax_lowrank.starting import Start, start
+from jax_lowrank.starting import Start, note_zero_rows, start
 from jax_lowrank.study.parts import Text
 from jax_lowrank.study.prepare import load_text, note_uncut
 from jax_lowrank.study.training import fit, guards, make_program, progress_log
@@ -84,6 +84,7 @@ def prepare(spec: FinetuneSpec, out: str, note: Callable[[str], None]) -> Job:
         )
         for name, split in examples.splits.items()
     }
+    note_zero_rows(started, words.tokenizer, encoded["train"], note)
     weights_hash = provenance.hash_files(directory)
     name = run_fingerprint(spec, examples, words, started, weights_hash)
     place = Path(out) if out else Path("results") / default_name(spec, name)

@@ -23,7 +23,7 @@ AUTO_CLASSES = {
 class Card(NamedTuple):
     """What a card says.
 
-    base: a hub id or a directory; base_is_hub: which of the two.
+    base: a hub id or a directory; commit: of the former, else None.
     kind, labels: of the head. facts: (name, value) in order. metrics: dicts with `name`, `value`
       and, where known, `split`, `low`, `high`, `n`, `reason`. pad_id: what the base has to be told.
     """
@@ -31,7 +31,7 @@ class Card(NamedTuple):
     title: str
     format: str
     base: str
-    base_is_hub: bool
+    commit: str | None
     kind: str
     labels: tuple[str, ...]
     method: str
@@ -56,7 +56,7 @@ def front_matter(card: Card) -> str:
     relation = "adapter" if card.format == "peft" else "finetune"
     tags = ["jax_lowrank", card.method]
     lines = [f"library_name: {'peft' if card.format == 'peft' else 'transformers'}"]
-    if card.base_is_hub:
+    if card.commit:
         tags.append(f"base_model:{relation}:{card.base}")
         lines += [f"base_model: {json.dumps(card.base)}", f"base_model_relation: {relation}"]
     lines += [f"pipeline_tag: {PIPELINES[card.kind]}", "tags:"]
@@ -109,6 +109,7 @@ def _usage(card: Card) -> str:
     auto = AUTO_CLASSES[card.kind]
     extra = f", num_labels={len(card.labels)}" if card.labels else ""
     extra += "" if card.pad_id is None else f", pad_token_id={card.pad_id}"
+    extra += f", revision={json.dumps(card.commit)}" if card.commit else ""
     if card.format == "hf":
         lines = [
             f"from transformers import {auto}, AutoTokenizer",

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from jax_lowrank import adapters, models, provenance, sharding
 from jax_lowrank.adapt import METHODS
@@ -15,6 +18,7 @@ from jax_lowrank.config import MethodSpec, require
 from jax_lowrank.config_run import FinetuneSpec, default_method
 from jax_lowrank.models.head import Head
 from jax_lowrank.study.prepare import param_dtype
+from jax_lowrank.tasks.encode import Encoded
 
 
 class Start(NamedTuple):
@@ -95,6 +99,26 @@ def goes_on(
     )
     spec = MethodSpec("lora", **own, **found.options)
     return spec, found._replace(base=found.base._replace(head=head))
+
+
+def note_zero_rows(started: Start, tokenizer: Any, rows: Encoded, note: Callable) -> None:
+    """Say which tokens training asks for although a frozen output table holds zeros for them, as
+    some base models do for special tokens: their logit is 0 after any text.
+    """
+    arrays, shapes = models.by_path(started.frozen), models.by_path(started.base.params)
+    table = arrays.get("head.table" if "head.table" in shapes else "embed.table")
+    if started.base.head.kind != "causal-lm" or table is None or not table.is_fully_addressable:
+        return
+    zero = np.asarray(jnp.abs(table).max(-1)) < 1e-8
+    counted = rows.counted or [[True] * len(tokens) for tokens in rows.sequences]
+    pairs = (pair for both in zip(rows.sequences, counted) for pair in list(zip(*both))[1:])
+    asked = sorted({token for token, counts in pairs if counts and zero[token]})
+    if asked:
+        names = ", ".join(map(str, tokenizer.convert_ids_to_tokens(asked[:5])))
+        note(
+            f"{len(asked)} of the tokens to be learnt have an output row of zeros ({names}), which"
+            " this method keeps: the model can hardly learn to write them; --method full can"
+        )
 
 
 def _in_words(head: Head) -> str:

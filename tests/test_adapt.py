@@ -182,7 +182,15 @@ def test_merged_equals_unmerged(case, family):
     np.testing.assert_array_equal(again, unmerged)
 
 
-@every_case
+# Every option has a step of its own here or in test_adapt_options.py; the others choose layers and
+# modules, which the tests above and below tell apart without compiling a step.
+TRAINED = ("full", "bitfit", "head", "lora", "dropout", "random", "ranks", "pissa", "dora")
+STEPS = [
+    pair if pair[0] in TRAINED else pytest.param(*pair, marks=pytest.mark.slow) for pair in PAIRS
+]
+
+
+@pytest.mark.parametrize(("case", "family"), STEPS)
 def test_training_moves_only_what_is_trained_and_compiles_once(case, family):
     m = made(case, family)
     held = (m.frozen, m.model.params)
@@ -293,7 +301,13 @@ def coin_flips(rng, rows):
     return Batch(tokens, weights)
 
 
-@pytest.mark.parametrize(("row", "options"), [("full", {}), ("lora", {"rank": 8, "alpha": 16.0})])
+@pytest.mark.parametrize(
+    ("row", "options"),
+    [
+        ("lora", {"rank": 8, "alpha": 16.0}),
+        pytest.param("full", {}, marks=pytest.mark.slow),
+    ],
+)
 def test_loss_falls_to_the_known_optimum(row, options):
     config = models.gpt2.GPT2Config(8, 1, 32, 2, 64, 16, tied=False)
     model = models.create("gpt2", config, jax.random.key(0))

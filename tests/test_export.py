@@ -251,13 +251,26 @@ def test_the_card_of_a_local_base(base, tmp_path):
 
 def test_the_card_of_a_hub_base():
     card = model_card.Card(
-        *('m: a "title"', "hf", "org/name", True, "classification", LABELS, "full", [], [])
+        *('m: a "title"', "hf", "org/name", "c0ffee", "classification", LABELS, "full", [], [])
     )
     parsed = ModelCard(model_card.render(card))
     assert parsed.data.base_model == "org/name" and parsed.data.library_name == "transformers"
     assert parsed.data.tags == ["jax_lowrank", "full", "base_model:finetune:org/name"]
     assert parsed.data.pipeline_tag == "text-classification"
     assert "AutoModelForSequenceClassification" in parsed.text and "anger, joy, none" in parsed.text
+
+
+def test_a_base_of_the_hub_goes_by_its_id_and_commit(tmp_path):
+    place = tmp_path / "models--org--name" / "snapshots"
+    place.mkdir(parents=True)
+    base = make_base(place, "gpt2").rename(place / "c0ffee")
+    run, _ = finetune_run(tmp_path, base)
+    out = export.export(run, "peft")
+    config, card = peft_format.read(out).config, ModelCard.load(out / "README.md")
+    assert config["base_model_name_or_path"] == "org/name" and config["revision"] == "c0ffee"
+    assert card.data.base_model == "org/name" and "# name, lora" in card.text
+    assert 'from_pretrained("org/name", revision="c0ffee")' in card.text
+    assert "| its commit on the hub | c0ffee |" in card.text and str(place) not in card.text
 
 
 # --------------------------------------------------------------------------------------- refusals

@@ -219,6 +219,24 @@ def test_without_masking_every_token_counts(folder):
     assert scored.tokens.sum() == sum(sum(c) for c in masked.encoded["train"].counted)
 
 
+def test_a_frozen_output_row_of_zeros_is_said(folder, tmp_path):
+    """The end token of a base model that was never trained on it."""
+    model = models.load(folder / "model")
+    arrays = models.by_path(model.params)
+    arrays["embed.table"] = arrays["embed.table"].at[jnp.array([1, 0])].set(0)  # <eos>, <pad>
+    models.save(tmp_path, model, models.with_arrays(model.params, arrays))
+    tiny_text.tokenizer().save_pretrained(tmp_path)
+    said = {}
+    for place, name in ((folder / "model", "lora"), (tmp_path, "lora"), (tmp_path, "full")):
+        method = MethodSpec(name, (1e-2,), rank=2 if name == "lora" else 0)
+        spec = spec_of(folder, model=CheckpointSpec(path=str(place)), method=method)
+        lines = said[place == tmp_path, name] = []
+        finetune.prepare(spec, str(folder / "nowhere"), lines.append)
+    (line,) = (line for line in said[True, "lora"] if "zeros" in line)
+    assert line.startswith("1 of the tokens to be learnt have an output row of zeros (<eos>), ")
+    assert not any("zeros" in line for line in said[False, "lora"] + said[True, "full"])
+
+
 def test_padding_does_not_change_a_class(folder):
     job = prepared(folder, data=DataSpec(str(folder / "classification.jsonl")))
     sequences = [s[: 2 + i % 4] for i, s in enumerate(job.encoded["train"].sequences)]

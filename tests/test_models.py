@@ -106,9 +106,10 @@ def test_left_padding_greedy_text_and_cache(name):
     assert_close(full[:, :length][real], oracle["left_logits"][real])
     # One pass over the whole rows, no cache: each greedy token is the likeliest one.
     np.testing.assert_array_equal(full[:, length - 1 : -1].argmax(-1), oracle["greedy"])
-    if name in CACHED:
-        cached = stepwise(model.graphdef, model.params, tokens, mask)
-        assert_close(cached, full[:, length - 1 : -1].swapaxes(0, 1))
+    if name not in CACHED:
+        return
+    cached = stepwise(model.graphdef, model.params, tokens, mask)
+    assert_close(cached, full[:, length - 1 : -1].swapaxes(0, 1))
     drawn = infer.generate(
         apply_of(model.graphdef),
         (model.params,),

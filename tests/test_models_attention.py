@@ -45,7 +45,8 @@ def test_packed_texts_are_each_as_alone(name):
     assert (np.delete(nll, [0, size], axis=1)[:2] > 0).all()
 
 
-@pytest.mark.parametrize("name", NAMES)
+# Derivatives are slow to compile; the outputs of every family are held just above.
+@pytest.mark.parametrize("name", ["gpt2", "mistral_window", "opt_350m"])
 def test_packed_texts_do_not_see_each_other(name):
     model = model_of(name)
     tokens = jnp.arange(20, dtype=jnp.int32)[None]  # distinct: a row of the table each

@@ -145,8 +145,8 @@ def test_pooler(family):
     ("name", "method"),
     [
         ("bert_masked-lm", "__call__"),
-        ("bert_classification", "classify"),
         ("roberta_classification", "classify"),
+        pytest.param("bert_classification", "classify", marks=pytest.mark.slow),
         ("bert_embedding", "sentence"),
     ],
 )
@@ -171,7 +171,13 @@ def test_sentence_embeddings(side):
     assert not ran(model, "sentence", tokens, mask)[2].any()
 
 
-@pytest.mark.parametrize(("kind", "method"), [("masked-lm", "__call__"), (*KINDS[2:], "classify")])
+@pytest.mark.parametrize(
+    ("kind", "method"),
+    [
+        ("classification", "classify"),
+        pytest.param("masked-lm", "__call__", marks=pytest.mark.slow),
+    ],
+)
 def test_a_row_of_pads_harms_nothing(kind, method):
     model, o = encoder(f"bert_{kind}"), oracle(f"bert_{kind}")
     mask = o["right_mask"].copy()
@@ -202,6 +208,7 @@ def test_packed_texts_do_not_see_each_other(family):
     assert_close(logits, o["right_logits"][o["right_mask"].astype(bool)])
 
 
+@pytest.mark.slow  # the decoders' is quick
 def test_remat_changes_nothing():
     model, o = encoder("bert_classification"), oracle("bert_classification")
 
@@ -394,23 +401,23 @@ def test_create():
 # ------------------------------------------------------------------------------------ adapters
 
 
-@every_family
-@pytest.mark.parametrize(
-    ("preset", "parts"),
-    [
-        ("all-linear", ("attn.k", "attn.out", "attn.q", "attn.v", "mlp.down", "mlp.up")),
-        ("attention", ("attn.k", "attn.out", "attn.q", "attn.v")),
-        ("qv", ("attn.q", "attn.v")),
-    ],
-)
-def test_adapters_learn(family, preset, parts):
-    model, o = encoder(f"{family}_classification"), oracle(f"{family}_classification")
-    method = METHODS["lora"](rank=2, alpha=4.0, targets=preset)
-    graphdef, trainable, frozen = method.split(jax.random.key(0), model)
-    factors = {p for p in models.by_path(trainable) if p.endswith("adapter.b")}
-    assert factors == {f"blocks.{part}.adapter.b" for part in parts}
+PARTS = {
+    "attention": ("attn.k", "attn.out", "attn.q", "attn.v"),
+    "qv": ("attn.q", "attn.v"),
+    "all-linear": ("attn.k", "attn.out", "attn.q", "attn.v", "mlp.down", "mlp.up"),
+}
 
-    def loss(trainable):
+
+@every_family
+def test_adapters_learn(family):
+    model, o = encoder(f"{family}_classification"), oracle(f"{family}_classification")
+    for preset, parts in PARTS.items():
+        method = METHODS["lora"](rank=2, alpha=4.0, targets=preset)
+        graphdef, trainable, frozen = method.split(jax.random.key(0), model)
+        factors = {p for p in models.by_path(trainable) if p.endswith("adapter.b")}
+        assert factors == {f"blocks.{part}.adapter.b" for part in parts}
+
+    def loss(trainable):  # of the last preset, which has the others' layers
         net = nnx.merge(graphdef, trainable, frozen)
         return jnp.square(net.classify(o["right_tokens"], o["right_mask"])).sum()
 

@@ -5,7 +5,8 @@
 Steps take turns as in finetune.py: one process a setting, 4 steps a turn. `split` is the time from
 a loaded model to one that can be trained, compilation included: there PiSSA and OLoRA decompose
 every adapted weight. Memory is each process's largest resident size. Writes
-results/lora-options-<processor>.json beside this file. About 5 minutes on 2 cores.
+results/lora-options-<processor>.json beside this file. About 10 minutes on 2 otherwise idle cores,
+4 GB of memory.
 """
 
 from __future__ import annotations

@@ -89,6 +89,7 @@ def to_peft(
     *,
     kind: str,
     base: str,
+    revision: str | None = None,
     architecture: str,
 ) -> PeftFiles:
     """PEFT's files for a LoRA run.
@@ -100,7 +101,7 @@ def to_peft(
       rows: the family's name table for this head.
       shapes: path -> shape of every parameter of the base model; stacked ones lead with L.
       kind: of the head, a key of TASK_TYPES.
-      base: where PEFT finds the base model, a hub id or a directory.
+      base: where PEFT finds the base model, a hub id or a directory; revision: of the former.
       architecture: class of the base model with this head, such as GPT2LMHeadModel.
     """
     table = {row.path: row for row in rows}
@@ -124,6 +125,7 @@ def to_peft(
             "peft_type": "LORA",
             "task_type": TASK_TYPES[kind],
             "base_model_name_or_path": base,
+            "revision": revision,
             "auto_mapping": _auto_mapping(kind, rows, architecture),
             "inference_mode": True,
             "r": rank,
@@ -271,13 +273,12 @@ def from_peft(
         "dropout": config.get("lora_dropout", 0.0),
         "targets": "|".join(re.escape(path) for path in sorted(placed)),
         **_layer_options(placed, shapes),
+        **({"dora": True} if config.get("use_dora") else {}),
     }
     patterns = {"rank_pattern": (ranks, rank), "alpha_pattern": (alphas, alpha)}
     for option, (values, default) in patterns.items():
         if different := {re.escape(p): v for p, v in sorted(values.items()) if v != default}:
             options[option] = different
-    if config.get("use_dora"):
-        options["dora"] = True
     if INITS[config.get("init_lora_weights", True)] != "kaiming":
         options["init"] = INITS[config["init_lora_weights"]]
     return Imported(options, arrays)
@@ -311,8 +312,7 @@ def _place(tensors, rows, shapes, head_paths) -> tuple[dict, dict]:
             whole[row.name] = row
         elif row.path.endswith(".kernel"):
             layers = range(shapes[row.path][0]) if "{l}" in row.name else ()
-            names = _expand(row.name.removesuffix("weight"), layers)
-            for layer, name in enumerate(names):
+            for layer, name in enumerate(_expand(row.name.removesuffix("weight"), layers)):
                 for part, ending in PARTS.items():
                     modules[name + ending] = (row.path.removesuffix(".kernel"), layer, part)
     placed, arrays, unknown = {}, {}, []
