@@ -65,7 +65,7 @@ test-all: test-slow test  ## both
 
 .PHONY: test-live
 test-live: $(BENCH_VENV)/.oracle  ## the tests that ask PyTorch and PEFT themselves, in an environment with both
-	@$(BENCH_VENV)/bin/python -m pytest -k '$(LIVE)'
+	@$(BENCH_VENV)/bin/python -m pytest -m 'not browser' -k '$(LIVE)'
 
 .PHONY: lint
 lint: $(VENV)/.test  ## ruff: rules and format

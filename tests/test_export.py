@@ -173,6 +173,7 @@ def test_metrics_of_a_study_come_from_its_report(base, tmp_path):
     found = [
         {"split": "tuned", "name": "harm_rate", "value": 0.5, "low": 0.4, "high": 0.6, "n": 80},
         {"split": "tuned", "group": "women", "name": "harm_rate", "value": 0.9, "n": 8},
+        {"split": "tuned", "name": "lens_mass, layer 1", "value": 0.2, "n": 80},
     ]
     lines = [{"fingerprint": "fedcba9876543210", "metrics": found}]
     lines += [{"fingerprint": "another", "metrics": [{"name": "x", "value": 0.123, "n": 3}]}]
@@ -181,7 +182,18 @@ def test_metrics_of_a_study_come_from_its_report(base, tmp_path):
     (tmp_path / "study" / "report" / "results.jsonl").write_text(text)
     card = (export.export(run, "peft") / "README.md").read_text()
     assert "| tuned | harm_rate | 0.5 | 0.4 to 0.6 | 80 |  |" in card
-    assert "0.123" not in card and "women" not in card
+    assert not any(f"| {value} |" in card for value in (0.123, 0.9, 0.2))
+
+
+def test_the_seed_of_the_run_chooses_its_layers(base, tmp_path):
+    options = {**LORA, "layers": "random", "layer_fraction": 0.5}
+    chosen = [
+        METHODS["lora"](**options).split(jax.random.key(seed), models.load(base))[0]
+        for seed in (0, 5)
+    ]
+    assert chosen[0] != chosen[1]
+    run, trained = finetune_run(tmp_path, base, options=options)
+    assert same_bytes(models.load(export.export(run, "hf")).params, merged(trained))
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama_tied"])
@@ -219,6 +231,9 @@ def test_config_of_another_head_and_precision(tmp_path):
     assert made["pad_token_id"] == words.pad_token_id == 0 and len(made["id2label"]) == 3
     card = (export.export(run, "peft") / "README.md").read_text()
     assert ", num_labels=3, pad_token_id=0)" in card
+    words.pad_token = None
+    words.save_pretrained(base)
+    assert export.missing_pad_id(export.read_run(run)) == words.eos_token_id == 1
 
 
 def test_a_bfloat16_base_stays_bfloat16(base, tmp_path):
@@ -230,6 +245,11 @@ def test_a_bfloat16_base_stays_bfloat16(base, tmp_path):
     assert json.loads((out / "config.json").read_text())["dtype"] == "bfloat16"
     params = models.load(out, jnp.bfloat16).params
     assert {str(x.dtype) for x in jax.tree.leaves(params)} == {"bfloat16"}
+    study, _ = study_run(tmp_path, base, path=str(base))
+    record = json.loads((study / "record.json").read_text())
+    record["dtypes"]["frozen"] = ["bfloat16"]
+    (study / "record.json").write_text(json.dumps(record))
+    assert export.read_run(study).dtype == "bfloat16"
 
 
 # ------------------------------------------------------------------------------------- the card

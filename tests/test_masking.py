@@ -51,10 +51,14 @@ def test_counts_and_shares_are_those_of_bert():
     assert chisquare(np.bincount(random, minlength=60)).pvalue > 1e-3
 
 
+def between_ends(tokens):
+    return [False, *[True] * (len(tokens) - 2), False]
+
+
 def batches(own=None):
     rng = np.random.default_rng(1)
     sequences = [rng.integers(5, 60, n).tolist() for n in rng.integers(3, 30, 22)]
-    usable = [[False, *[True] * (len(s) - 2), False] for s in sequences]
+    usable = [between_ends(s) for s in sequences]
     rows = data.make_batches(
         sequences, batch_size=8, seed=3, pad_id=0, counted=usable, least=1, own=own
     )
@@ -80,6 +84,8 @@ def test_a_batch_is_a_function_of_seed_and_step():
             places = batch.places[row, :many]
             found = batch.tokens[row, :length].copy()
             assert 0 not in places and length - 1 not in places
+            drawn = MASKER.hide(sequences[number], between_ends(found), (3, t, number))
+            np.testing.assert_array_equal(drawn.tokens, found)
             found[places] = batch.targets[row, :many]
             assert found.tolist() == sequences[number] and not batch.weights[row, many:].any()
     assert {n for t in steps for n in made.rows.rows(t) if n >= 0} == set(range(22))
