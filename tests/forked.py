@@ -87,6 +87,20 @@ class Forked:
         return "".join(line for line in lines if not line.startswith("[Gloo]"))
 
 
+def tell_writes(folder):
+    """Have every change that Python code of this process makes below a folder told on stderr."""
+
+    def hook(event, arguments):
+        path = next((str(x) for x in arguments if isinstance(x, str | os.PathLike)), "")
+        changes = event in ("os.mkdir", "os.remove", "os.rename", "os.rmdir", "shutil.rmtree")
+        if event == "open" and isinstance(arguments[2], int):
+            changes = arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+        if changes and path.startswith(folder):
+            print(f"{event} changes {path}", file=sys.stderr, flush=True)
+
+    sys.addaudithook(hook)
+
+
 def begin(request):
     """What a child does first."""
     os.environ.update(request["environment"])
@@ -96,6 +110,8 @@ def begin(request):
         os.close(descriptor)
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)
+    if "WATCHED" in os.environ:
+        tell_writes(os.environ["WATCHED"])
     return importlib.import_module(request["start"]).main(request["arguments"])
 
 

@@ -1,10 +1,10 @@
 """What tests/test_sharding.py runs in processes of their own: training steps on several devices.
 
-    python tests/sharded.py OUT.json FIXTURE:METHOD ...       (8 virtual CPU devices by XLA_FLAGS)
-    python tests/sharded.py OUT.json FIXTURE:METHOD ADDRESS COUNT NUMBER   (one of COUNT processes)
+    python tests/sharded.py OUT.json CASE ...                 (8 virtual CPU devices by XLA_FLAGS)
+    python tests/sharded.py OUT.json CASE ADDRESS COUNT NUMBER             (one of COUNT processes)
 
-Each case takes 5 optimizer steps, in two calls, on every mesh of MESHES; losses, parameters and
-bytes go to OUT.json.
+CASE: FIXTURE:METHOD[:DTYPE[:MESH+MESH...]]. Each takes 5 optimizer steps, in two calls, on every
+mesh of MESHES or on those; losses, parameters and bytes go to OUT.json.
 """
 
 import json
@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from tiny import folder_of
 
-from jax_lowrank import data, models, sharding, train
+from jax_lowrank import data, masking, models, sharding, train
 from jax_lowrank.adapt import METHODS
 from jax_lowrank.config import TrainSpec
 from jax_lowrank.models.head import Head
@@ -35,22 +35,35 @@ LORA = {"rank": 2, "alpha": 4, "dropout": 0.1}
 OPTIONS = {"lora": LORA, "dora": LORA | {"dora": True, "init": "pissa"}}
 
 
-def batches(number_of_rows, labelled, mesh):
-    """16 rows a step of texts of unlike lengths; the last step of an epoch is filled up."""
+def batches(number_of_rows, kind, mesh):
+    """16 rows a step of texts of unlike lengths; the last step of an epoch is filled up.
+
+    One width for all, so that the second call could reuse the first one's program.
+    """
     rng = np.random.default_rng(0)
-    texts = [rng.integers(3, 60, rng.integers(8, WIDTH)) for _ in range(number_of_rows)]
-    own = sharding.own_rows(ROWS, mesh)
-    rows = data.make_batches(texts, batch_size=ROWS, seed=0, pad_id=0, max_waste=0.9, own=own)
-    if not labelled:
-        return rows
-    return data.LabelledBatches(rows, rng.integers(0, 2, number_of_rows).astype(np.int32))
+    texts = [rng.integers(3, 60, rng.integers(8, WIDTH)) for _ in range(number_of_rows - 1)]
+    texts.append(rng.integers(3, 60, WIDTH))
+    rows = data.make_batches(
+        texts,
+        batch_size=ROWS,
+        seed=0,
+        pad_id=0,
+        max_waste=0.9,
+        counted=[np.ones(len(text), bool) for text in texts],
+        own=sharding.own_rows(ROWS, mesh),
+    )
+    if kind == "masked-lm":
+        return masking.MaskedBatches(rows, masking.Masker(mask_id=60, num_tokens=60))
+    if kind == "classification":
+        return data.LabelledBatches(rows, rng.integers(0, 2, number_of_rows).astype(np.int32))
+    return rows
 
 
 def trained(fixture, method_name, sizes, dtype="float32", accumulate=1):
     """What 5 steps on a mesh give, as plain numbers."""
     mesh = sharding.make_mesh(*sizes)
     labelled = method_name == "head" or fixture.endswith("classification")
-    head = Head("classification", ("no", "yes")) if labelled else None
+    head = Head("classification", ("no", "yes")) if labelled else None  # else the checkpoint's own
     model = models.load(
         folder_of(fixture.replace("classification", "embedding")),
         jnp.dtype(dtype),
@@ -64,20 +77,16 @@ def trained(fixture, method_name, sizes, dtype="float32", accumulate=1):
     spec = TrainSpec(weight_decay=0.1, accumulate=accumulate)
     program = make_program(spec, method, graphdef, trainable)
     opt_state = sharding.put(program.optimizer.init(trainable), mesh)
-    made, losses, read = batches(40, labelled, mesh), [], 0
+    made, losses, read = batches(40, model.head.kind, mesh), [], 0
     before = placement((trainable, opt_state))
     compiled = train.run_steps._cache_size()
     for first, count in ((0, 3), (3, 2)):
-        numbered = [made.batch(t) for t in range(first, first + count)]
-        # One width for all steps, so that the second call could reuse the first one's program.
-        stacked = type(numbered[0])(
-            *(np.stack([_widened(x) for x in part]) for part in zip(*numbered))
-        )
+        ((_, stacked),) = train.chunks(made, first, first + count, 3)
         read += sum(x.nbytes for x in stacked)
         stacked = sharding.put_own_rows(train.fill(stacked, 3), trainable, axis=1)
         trainable, opt_state, values, _ = train.run_steps(
             apply=program.apply,
-            loss=train.classification_loss if labelled else train.causal_lm_loss,
+            loss=train.LOSSES[model.head.kind],
             optimizer=program.optimizer,
             accumulate=spec.accumulate,
             trainable=trainable,
@@ -116,11 +125,6 @@ def placement(tree):
     return {sharding.path_of(keys): str(leaf.sharding) for keys, leaf in leaves}
 
 
-def _widened(x):
-    """Rows (B, S) made WIDTH wide with zeros: pads that have no weight."""
-    return np.pad(x, ((0, 0), (0, WIDTH - x.shape[1]))) if x.ndim == 2 else x
-
-
 def device_bytes(tree):
     """The most bytes that one device of this process holds of a pytree."""
     held = dict.fromkeys(jax.local_devices(), 0)
@@ -132,7 +136,7 @@ def device_bytes(tree):
 
 def main(out, *arguments):
     """Run the cases that the command line names."""
-    cases = [case for case in arguments if ":" in case and "." not in case]
+    cases = [case for case in arguments if ":" in case and "." not in case]  # not the address
     meshes = MESHES
     if len(cases) < len(arguments):
         address, count, number = arguments[len(cases) :]
@@ -141,9 +145,9 @@ def main(out, *arguments):
     found = {}
     for case in cases:
         fixture, method, *rest = case.split(":")
-        options = {"dtype": rest[0]} if rest else {}
+        dtype, names = [*rest, *("float32", "+".join(meshes))[len(rest) :]]
         found[case] = {
-            name: trained(fixture, method, sizes, **options) for name, sizes in meshes.items()
+            name: trained(fixture, method, meshes[name], dtype) for name in names.split("+")
         }
     Path(out).write_text(json.dumps(found))
 

@@ -15,15 +15,25 @@ from test_study import CONFIG
 from jax_lowrank import processes, results
 
 
-def together(forks, module, *arguments):
+def together(forks, module, *arguments, **environment):
     """Two processes of one program, on a device each."""
     names = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}", "JAX_NUM_PROCESSES": "2"}
+    names |= environment
     return [forks.start(module, *arguments, JAX_PROCESS_ID=str(n), **names) for n in (0, 1)]
 
 
-def command(forks, *arguments):
+def command(forks, *arguments, **environment):
     """`jax-lowrank ... --distributed` in two processes."""
-    return together(forks, "jax_lowrank.cli", *arguments, "--distributed")
+    return together(forks, "jax_lowrank.cli", *arguments, "--distributed", **environment)
+
+
+def changes(process):
+    """What Python code of a process changed in the folder WATCHED, apart from what each process
+    asks the file system, and from checkpoints, of which each writes its part.
+    """
+    told = [line for line in process.said().splitlines() if " changes " in line]
+    asked = ("/two", "/.writable", "/claims", "/claims/probe")
+    return [line for line in told if not line.endswith(asked) and "/checkpoints/" not in line]
 
 
 def ended(running, seconds=240):
@@ -77,8 +87,10 @@ def test_a_study_in_two_processes_is_that_of_one(tmp_path, forks):
     one = forks.start("jax_lowrank.cli", *line, tmp_path / "one")
     assert one.wait() == 0, one.said()
     mesh = ("--mesh.data", "2", "--mesh.fsdp", "1")
-    first, second = both = command(forks, *line, tmp_path / "two", *mesh)
+    out = str(tmp_path / "two")
+    first, second = both = command(forks, *line, out, *mesh, WATCHED=out)
     assert ended(both) == [0, 0], first.said() + second.said()
+    assert changes(first) and changes(second) == []
     assert "report: " in first.printed() and second.printed() == ""
     assert "validation loss" in first.said() and "ETA" in first.said()
     assert not any(word in second.said() for word in ("ETA", "loss", "LoRA", "pretrain"))
@@ -128,8 +140,10 @@ def stored(out):
 
 @pytest.mark.slow
 def test_two_processes_that_are_killed_end_with_the_same_bits(tmp_path, rows, forks):
-    whole = command(forks, *finetuning(rows, tmp_path / "whole"))
+    whole = command(forks, *finetuning(rows, tmp_path / "whole"), WATCHED=str(tmp_path / "whole"))
     assert ended(whole) == [0, 0], whole[0].said() + whole[1].said()
+    signs = [sum("manifest.json" in line for line in changes(each)) for each in whole]
+    assert signs[0] and not signs[1]
     rng, place = random.Random(3), tmp_path / "out.checkpoints"
 
     def signed():

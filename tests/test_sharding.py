@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,14 +18,32 @@ from tiny import folder_of
 from jax_lowrank import config, models, sharding
 
 HERE = Path(__file__).parent
-EIGHT = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+# Compiling is nearly all of the time here. The older way of fusing takes a third of it, and gives
+# the same numbers but for rounding. An XLA that does not know a flag ends the process.
+QUICK = "--xla_cpu_use_fusion_emitters=false" if version("jaxlib").startswith("0.10.") else ""
+EIGHT = {
+    "XLA_FLAGS": f"--xla_force_host_platform_device_count=8 {QUICK}",
+    "JAX_PLATFORMS": "cpu",
+}
 DECODERS = ("gpt2", "opt", "llama_bias", "mistral_window", "qwen2")
 ENCODERS = ("bert", "roberta", "distilbert")
-# Every decoder family and every method; not every pair, and no encoder yet.
-CASES = (
-    *("gpt2:full", "gpt2:head", "gpt2:lora:bfloat16", "opt:lora", "opt:bitfit", "llama_bias:full"),
-    *("llama_bias:lora", "mistral_window:lora", "qwen2:full", "qwen2:head", "qwen2:bitfit"),
+# Every family and every method on every mesh; every other pair of them on one device and the mixed
+# mesh. A decoder's `head` is a classifier; an encoder is trained to classify, or as a masked LM.
+EVERY_MESH = (
+    *("gpt2:full", "gpt2:lora:bfloat16", "opt:bitfit", "llama_bias:lora", "mistral_window:full"),
+    *("qwen2:head", "bert_classification:lora", "bert_masked-lm:full", "roberta_masked-lm:lora"),
+    "distilbert_classification:head",
 )
+MIXED = (
+    *("gpt2:lora", "gpt2:bitfit", "gpt2:head", "opt:full", "opt:lora", "opt:head"),
+    *("llama_bias:full", "llama_bias:bitfit", "llama_bias:head", "llama_bias:dora"),
+    *("mistral_window:lora", "mistral_window:head"),  # it has no bias for bitfit
+    *("qwen2:full", "qwen2:lora", "qwen2:bitfit", "bert_masked-lm:bitfit"),
+    *("bert_classification:head", "roberta_classification:full", "roberta_masked-lm:bitfit"),
+    *("roberta_classification:head", "distilbert_masked-lm:full"),
+    *("distilbert_classification:lora", "distilbert_classification:bitfit"),
+)
+CASES = (*EVERY_MESH, *(f"{case}:float32:one+mixed" for case in MIXED))
 # Losses are sums in another order: as far apart as their dtype makes them.
 TOLERANCE = {"float32": 2e-5, "bfloat16": 2e-2}
 OWN_TOLERANCE = {"opt:lora": 1e-4, "opt:bitfit": 1e-4}  # ReLU has a kink; 2.2e-5 was seen
@@ -48,7 +67,8 @@ def finish(process):
 
 def check(case, runs):
     """One case: every mesh gives the numbers of one device and holds less of the state."""
-    tolerance = OWN_TOLERANCE.get(case, TOLERANCE[[*case.split(":"), "float32"][2]])
+    fixture, method, dtype = [*case.split(":"), "float32"][:3]
+    tolerance = OWN_TOLERANCE.get(f"{fixture}:{method}", TOLERANCE[dtype])
     one = runs["one"]
     assert np.ptp(one["losses"]) > 0.01  # it is trained
     for name, run in runs.items():
@@ -63,16 +83,19 @@ def check(case, runs):
     for kind in ("optimizer", "parameter"):
         total = one[f"all_{kind}_bytes"]
         share = {name: run[f"{kind}_bytes"] / total for name, run in runs.items()}
-        assert share["one"] == share["data"] == 1
+        assert share.pop("one") == share.pop("data", 1) == 1
         # What is not cut: norms, biases and, where the vocabulary does not divide, its table; of an
-        # adapter, the factor that lies along the other dimension.
-        if kind == "parameter" or case.split(":")[1] == "full":
-            assert share["fsdp"] < 0.3, (kind, share)
-            assert share["tensor"] < 0.7, (kind, share)
-            assert share["mixed"] < 0.55, (kind, share)
-        elif case.split(":")[1] in ("lora", "dora"):
-            most = 0.8 if case.startswith("gpt2") else 0.75  # one wide q, k and v: wide B, thin A
-            assert max(share["fsdp"], share["tensor"], share["mixed"]) < most, share
+        # adapter, the factor that lies along the other dimension. fsdp cuts no bias, tensor no head
+        # of a few classes.
+        if kind == "parameter" or method == "full":
+            most = {"fsdp": 0.3, "tensor": 0.7, "mixed": 0.55}
+        elif method == "head":
+            most = {"fsdp": 0.2, "tensor": 1.01, "mixed": 0.55}
+        elif method == "bitfit":
+            most = {"fsdp": 1.01, "tensor": 0.6, "mixed": 0.85}
+        else:  # gpt2: one wide q, k and v: wide B, thin A
+            most = dict.fromkeys(share, 0.8 if fixture == "gpt2" else 0.75)
+        assert all(share[name] < most[name] for name in share), (kind, share)
 
 
 @pytest.mark.slow
