@@ -111,9 +111,10 @@ def study_command(args: list[str]) -> int:
         curves, rest = take_curves(rest)
         shard = shard_of(part, os.environ)
         distributed, rest = take_flag(rest, "--distributed")
+        alone, rest = take_flag(rest, "--no-sweep")
         study = load_config(config)
         if rest:
-            flags = "[--out DIR] [--shard i/n] [--track DIR] [--distributed]"
+            flags = "[--out DIR] [--shard i/n] [--track DIR] [--distributed] [--no-sweep]"
             study = parse(Study, study, rest, f"jax-lowrank study {config} {flags}")
     except (ValueError, OSError) as error:
         return fail(str(error))
@@ -130,7 +131,7 @@ def study_command(args: list[str]) -> int:
     except (ValueError, OSError) as error:
         return fail(str(error))
     try:
-        left = execute(prepared, note, shard, curves if is_first() else None)
+        left = execute(prepared, note, shard, curves if is_first() else None, together=not alone)
     except results.ResultsError as error:
         return fail(str(error))
     except (DivergedError, OSError) as error:

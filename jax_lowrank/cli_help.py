@@ -7,6 +7,7 @@ commands
   study CONFIG [--out DIR] [--FIELD VALUE ...]   run a study, or continue it, and report it;
         [--shard i/n]                            several workers may share one DIR
         [--track DIR]                            training curves for TensorBoard
+        [--no-sweep]                             one run after the other, each in its own program
         [--distributed]                          one of several processes, see tpu_scripts/README.md
   report DIR                                     report a results directory again
   audit-topology CONFIG [--steps N] [--out DIR]  the same steps on several meshes, and seeds

@@ -190,6 +190,9 @@ class TrainSpec:
     Less memory in this order, and slower; the result is the same."""
     checkpoint_seconds: float = field(default=60.0, metadata=NO_RESULT)
     """Between two checkpoints: what is lost at most when the process is killed."""
+    sweep_size: int = field(default=0, metadata=NO_RESULT)
+    """In a study, how many runs are trained together at most; 0: as many as are quicker so and as
+    memory has room for; 1: each alone."""
 
     def __post_init__(self) -> None:
         require(self.schedule in SCHEDULES, f"schedule: {nearest(self.schedule, SCHEDULES)}")
@@ -206,6 +209,7 @@ class TrainSpec:
         require(ok, f"train.warmup_fraction {self.warmup_fraction} is outside [0, 1)")
         ok = self.checkpoint_seconds >= 0
         require(ok, f"train.checkpoint_seconds {self.checkpoint_seconds} is negative; 60 is usual")
+        require(self.sweep_size >= 0, f"train.sweep_size {self.sweep_size} is negative; 0 is usual")
 
 
 @dataclass(frozen=True)

@@ -58,21 +58,31 @@ def likelihood(
 
     counted: for each token whether it enters the sum; None: all. The first token never does.
     """
-    if counted is None:
-        counted = [[True] * len(s) for s in sequences]
-    nll = np.zeros(len(sequences), np.float32)
+    nll, tokens = np.zeros(len(sequences), np.float32), num_predicted(sequences, counted)
     batch_size = sharding.up_to_shards(batch_size, sharding.mesh_of(states))
-    blocks = []
+    blocks = [
+        (rows, _row_nll(apply, states, *sharding.put_rows(both, states)))
+        for rows, *both in weighted(sequences, counted, batch_size, pad_id)
+    ]
+    for rows, values in sharding.fetch(blocks):
+        nll[rows] = values[: len(rows)]
+    return Likelihood(nll, tokens)
+
+
+def weighted(sequences, counted, batch_size, pad_id):
+    """(rows, tokens (B, S), weights (B, S) float32) of all sequences; see `likelihood`."""
     for rows, tokens, _ in right_padded(sequences, batch_size, pad_id):
         weights = np.zeros(tokens.shape, np.float32)
         for place, row in enumerate(rows):
-            weights[place, 1 : len(sequences[row])] = counted[row][1:]
-        blocks.append(
-            (rows, _row_nll(apply, states, *sharding.put_rows((tokens, weights), states)))
-        )
-    for rows, values in sharding.fetch(blocks):
-        nll[rows] = values[: len(rows)]
-    return Likelihood(nll, np.array([sum(map(bool, c[1:])) for c in counted], np.int32))
+            length = len(sequences[row])
+            weights[place, 1:length] = 1 if counted is None else counted[row][1:]
+        yield rows, tokens, weights
+
+
+def num_predicted(sequences, counted) -> np.ndarray:
+    """How many tokens of each sequence (N,) int32 enter the sum of `likelihood`."""
+    counted = [[True] * len(s) for s in sequences] if counted is None else counted
+    return np.array([sum(map(bool, c[1:])) for c in counted], np.int32)
 
 
 @functools.partial(jax.jit, static_argnames="apply")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -133,6 +134,13 @@ def estimate(
     size = size_on_device((trainable, frozen), model.config, sizes)
     state = [device_bytes(tree, sizes) for tree in (frozen, trainable, opt_state)]
     return Memory(*state, liveness.peak(jaxpr, size, donated))
+
+
+def of_this_device() -> int:
+    """Bytes of the first device's memory: an accelerator's, or the machine's."""
+    known = jax.local_devices()[0].memory_stats() or {}
+    host = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return known.get("bytes_limit", host)
 
 
 def split(method: Method, model: models.Model) -> tuple[Any, Any, Any]:

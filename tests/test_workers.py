@@ -90,26 +90,32 @@ def grid():
     )
 
 
-def worker(out, made, fails=()):
-    """A Schedule whose runs take a moment and are counted."""
+def worker(out, made, fails=(), most=2):
+    """A Schedule whose runs take a moment and are counted; packs of at most so many."""
     study = grid()
 
     def name(prepared, run):
         rate = f"{run.learning_rate:g}" if run.method else ""
         return f"{run.kind}-{run.label}-{rate}-{run.seed}".replace(" ", "_")
 
-    def make(run):
-        made[name(None, run)] += 1
-        time.sleep(random.Random(name(None, run)).uniform(0, 0.03))
-        bad = run.kind == "tune" and run.learning_rate in fails
-        loss = None if bad else run.learning_rate
-        record = {"fingerprint": name(None, run), "validation_loss": loss, "diverged": {"step": 3}}
-        results.write_run(out, record, [])
-        return record
+    def make(named):
+        records = []
+        for run, fingerprint in named:
+            made[fingerprint] += 1
+            time.sleep(random.Random(fingerprint).uniform(0, 0.03))
+            bad = run.kind == "tune" and run.learning_rate in fails
+            loss = None if bad else run.learning_rate
+            record = {"fingerprint": fingerprint, "validation_loss": loss, "diverged": {"step": 3}}
+            results.write_run(out, record, [])
+            records.append(record)
+        return records
+
+    def packs(named):
+        return [named[i : i + most] for i in range(0, len(named), most)]
 
     progress = SimpleNamespace(note=lambda line: None)
     prepared = SimpleNamespace(out=out, study=study)
-    return Schedule(prepared, progress, name, make, lambda run: None), slots_of(study)
+    return Schedule(prepared, progress, name, packs, make, lambda run: None), slots_of(study)
 
 
 def run_threads(functions):
@@ -134,9 +140,7 @@ def test_workers_share_a_grid(tmp_path, quick):
     assert len(made) == 11 and set(made.values()) == {1}
     assert sum("final" in name and "0.001" in name for name in made) == 6  # the lower loss
     for each, slots in team:
-        assert [each.record(slot, work=False) for slot in slots] == [
-            team[0][0].records[slot] for slot in slots
-        ]
+        assert [each.record(slot) for slot in slots] == [team[0][0].records[slot] for slot in slots]
 
 
 def test_shards_cover_the_grid_and_wait_for_nobody_who_is_not_there(tmp_path, quick):
@@ -145,7 +149,7 @@ def test_shards_cover_the_grid_and_wait_for_nobody_who_is_not_there(tmp_path, qu
     mine = Shard(0, 3).part(slots)
     first.work(mine)  # alone: also does what its runs need
     assert sum(made.values()) == len(needed(grid(), mine)) < len(slots)
-    assert [first.record(slot, work=False) for slot in slots].count(None) == len(slots) - len(
+    assert [first.record(slot) for slot in slots].count(None) == len(slots) - len(
         needed(grid(), mine)
     )
     rest = [(worker(tmp_path, made)[0], Shard(i, 3).part(slots)) for i in (1, 2)]
@@ -171,13 +175,13 @@ def test_a_run_that_another_worker_has_is_waited_for(tmp_path, quick):
 def test_only_who_has_a_run_deletes_its_checkpoints(tmp_path):
     made = collections.Counter()
     slot = worker(tmp_path, made)[1][0]
-    worker(tmp_path, made)[0].record(slot, work=True)
+    worker(tmp_path, made)[0].work([slot])
     left = tmp_path / "checkpoints" / "base-base--None"
     left.mkdir(parents=True)
     with claim(tmp_path / "claims" / left.name):  # by a worker that is deleting them
-        assert worker(tmp_path, made)[0].record(slot, work=True) is not None
+        worker(tmp_path, made)[0].work([slot])
         assert left.exists()
-    worker(tmp_path, made)[0].record(slot, work=True)  # it was killed before
+    worker(tmp_path, made)[0].work([slot])  # it was killed before
     assert not left.exists() and made.total() == 1
 
 

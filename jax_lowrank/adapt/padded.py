@@ -62,7 +62,8 @@ def cut(trainable: State, layers: dict[str, tuple[int, ...]], like: State) -> St
         array, adapter = np.asarray(variable.get_value()), dotted(path[:-1])
         if adapter in layers:
             array = array[np.array(layers[adapter])]
-        return array[tuple(map(slice, wanted[path].get_value().shape))]
+        # safetensors would write a view's memory as it lies
+        return np.ascontiguousarray(array[tuple(map(slice, wanted[path].get_value().shape))])
 
     flat = nnx.to_flat_state(trainable)
     return nnx.from_flat_state([(path, v.replace(own_part(path, v))) for path, v in flat])

@@ -13,11 +13,12 @@ from collections.abc import Callable
 import numpy as np
 from scipy.special import log_softmax
 
-from jax_lowrank import data, infer, models, results, sharding, train
+from jax_lowrank import data, infer, models, results, sharding, sweep, train
 from jax_lowrank.config import Study, nearest, require
 from jax_lowrank.evaluation import probabilities
 from jax_lowrank.study.parts import Examples, Kind, Prepared, Text
 from jax_lowrank.study.training import bind_to
+from jax_lowrank.sweep import score
 from jax_lowrank.tasks import Classification, encode, text_classification
 
 HELD_OUT = ("validation", "test")
@@ -116,6 +117,15 @@ def validate(p: Prepared, apply: Callable, states: tuple, rows: Examples) -> flo
     return float(probabilities.nll(logits_of(p, apply, states, rows), rows.labels).mean())
 
 
+def validate_all(
+    p: Prepared, program: sweep.Program, states: sweep.States, rows: Examples
+) -> np.ndarray:
+    """Nats per row of each model of a sweep (K,)."""
+    size = min(p.study.evaluate.batch_size, len(rows.sequences))
+    logits = score.classify(program, states, rows.sequences, batch_size=size, pad_id=p.text.pad_id)
+    return np.array([probabilities.nll(each, rows.labels).mean() for each in logits])
+
+
 def measure(p: Prepared, apply: Callable, states: tuple) -> tuple[dict, dict]:
     """SPLIT/logits (N, C) float32 of the validation and test rows."""
     check_apart(p.task)
@@ -199,6 +209,7 @@ CLASSIFICATION = Kind(
     batches=batches,
     loss=train.classification_loss,
     validate=validate,
+    validate_all=validate_all,
     measure=measure,
     measures_tuning=True,
     summary=summary,

@@ -8,10 +8,11 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
-from jax_lowrank import data, infer, models, results, tasks, train
+from jax_lowrank import data, infer, models, results, sweep, tasks, train
 from jax_lowrank.config import Study, require
 from jax_lowrank.study.parts import Examples, Kind, Prepared, Text
 from jax_lowrank.study.training import mean_nll, train_batches
+from jax_lowrank.sweep import score
 from jax_lowrank.tasks import scorers
 
 PROMPT_SPLITS = ("tuned", "transfer")
@@ -59,6 +60,17 @@ def validate(p: Prepared, apply: Callable, states: tuple, rows: Examples) -> flo
     """Nats per token."""
     size = p.study.evaluate.batch_size
     return mean_nll(apply, states, rows.sequences, batch_size=size, pad_id=p.text.pad_id)
+
+
+def validate_all(
+    p: Prepared, program: sweep.Program, states: sweep.States, rows: Examples
+) -> np.ndarray:
+    """Nats per token of each model of a sweep (K,)."""
+    size = min(p.study.evaluate.batch_size, len(rows.sequences))
+    scored = score.likelihood(
+        program, states, rows.sequences, batch_size=size, pad_id=p.text.pad_id
+    )
+    return scored.nll.sum(1) / scored.tokens.sum()
 
 
 def measure(p: Prepared, apply: Callable, states) -> tuple[dict, dict]:
@@ -188,6 +200,7 @@ COMPLETIONS = Kind(
     batches=batches,
     loss=train.causal_lm_loss,
     validate=validate,
+    validate_all=validate_all,
     measure=measure,
     measures_tuning=False,
     summary=summary,

@@ -6,7 +6,7 @@ import dataclasses
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
@@ -17,26 +17,37 @@ from jax_lowrank.checkpoint import Checkpoints
 from jax_lowrank.config import MethodSpec, Run, TrainSpec, fingerprint, plain
 from jax_lowrank.processes import once
 from jax_lowrank.progress import Progress
+from jax_lowrank.study.packs import Packing, opened, tidy
 from jax_lowrank.study.parts import Examples, Prepared
-from jax_lowrank.study.schedule import Schedule, needed, slots_of
+from jax_lowrank.study.schedule import Named, Schedule, needed, slots_of
 from jax_lowrank.study.training import (
+    Member,
     Program,
     bind_to,
     fit,
+    fit_pack,
     guards,
     make_program,
+    pack_log,
     progress_log,
 )
+from jax_lowrank.sweep.step import tokens_of
 from jax_lowrank.workers import Shard
 
 ALL = Shard()
 
 
 def execute(
-    prepared: Prepared, note: Callable[[str], None], shard: Shard = ALL, curves: Path | None = None
+    prepared: Prepared,
+    note: Callable[[str], None],
+    shard: Shard = ALL,
+    curves: Path | None = None,
+    *,
+    together: bool = True,
 ) -> int:
     """Run the grid, or this shard of it, skipping what is finished; how many of the study's runs
     are not finished yet, by other shards. curves: where to write TensorBoard's files, if anywhere.
+    together: train runs that can share a program in a sweep; False: one by one.
     """
     p = prepared
     describe(p)
@@ -55,18 +66,44 @@ def execute(
     with Progress(sum(steps[spec.label] for spec in trained)) as progress:
         shared = (train_rows, held_out, base_apply, progress)
         cells = {spec.label: Cell(p, spec, *shared, {}, curves) for spec in p.study.methods}
+        packing, stacked = Packing(p, tokens_of(batches), steps), {}
+
+        def make(named: list[Named]) -> list[dict]:
+            (run, _), *others = named
+            if run.method is None:
+                return [run_base(p, progress.note)]
+            if others or (together and packing.resumes(named[0])):
+                return train_pack(p, cells, named, stacked)
+            return [cells[run.label].run(run)]
+
         schedule = Schedule(
             p,
             progress,
             run_fingerprint,
-            lambda run: cells[run.label].run(run) if run.method else run_base(p, progress.note),
+            packing if together else lambda named: [[one] for one in named],
+            make,
             lambda run: progress.skip(steps[run.label]) if run.method else None,
         )
         schedule.work(mine)
-    records = [schedule.record(slot, work=False) for slot in slots]
+    once(lambda: tidy(p.out))
+    records = [schedule.record(slot) for slot in slots]
     if None not in records:
         once(lambda: results.set_runs(p.out, [record["fingerprint"] for record in records]))
     return records.count(None)
+
+
+class Begun(NamedTuple):
+    """A run before its training."""
+
+    run: Run
+    method: Method
+    graphdef: Any
+    trainable: Any
+    frozen: Any
+    key: jax.Array
+    record: dict
+    log: list[dict]
+    label: str
 
 
 class Cell(NamedTuple):
@@ -81,8 +118,8 @@ class Cell(NamedTuple):
     programs: dict  # graphdef -> Program: a random choice of layers may differ by seed
     curves: Path | None
 
-    def run(self, run: Run) -> dict:
-        """Do this run, from its newest checkpoint where there is one, and write it; its record."""
+    def start(self, run: Run, batches) -> Begun:
+        """Make what a run trains, and its record."""
         p = self.prepared
         method = METHODS[self.spec.name](**self.spec.options())
         key = jax.random.key(run.seed)
@@ -96,39 +133,48 @@ class Cell(NamedTuple):
             self.progress.note(line)
         if graphdef not in self.programs:
             self.programs[graphdef] = make_program(p.study.train, method, graphdef, trainable)
-        program = self.programs[graphdef]
         record = new_record(p, run, method, trainable, frozen)
         record["effective_scales"] = lora.scales(graphdef, trainable, frozen)
-        batches = p.kind.batches(p, self.train_rows, run.seed)
         record["padding_fraction"] = round(batches.padding_fraction(), 4)
-        log, label = [], f"{run.label} lr {run.learning_rate:g} seed {run.seed} ({run.kind})"
-        checkpoints = Checkpoints(
-            p.out / "checkpoints" / record["fingerprint"],
-            record["fingerprint"],
-            seconds=p.study.train.checkpoint_seconds,
-            note=self.progress.note,
-        )
+        label = f"{run.label} lr {run.learning_rate:g} seed {run.seed} ({run.kind})"
+        return Begun(run, method, graphdef, trainable, frozen, key, record, [], label)
+
+    def run(self, run: Run) -> dict:
+        """Do this run, from its newest checkpoint where there is one, and write it; its record."""
+        p = self.prepared
+        batches = p.kind.batches(p, self.train_rows, run.seed)
+        one = self.start(run, batches)
+        checkpoints = checkpoints_of(p, one.record["fingerprint"], self.progress.note)
+        program = self.programs[one.graphdef]
         try:
             fitted = fit(
                 training_of(p.study.train, self.spec),
                 program,
-                trainable=trainable,
-                frozen=frozen,
+                trainable=one.trainable,
+                frozen=one.frozen,
                 batches=batches,
                 peak=run.learning_rate,
                 validate=lambda trainable: p.kind.validate(
-                    p, *self.evaluated(program, trainable, frozen), self.held_out
+                    p, *self.evaluated(program, trainable, one.frozen), self.held_out
                 ),
-                log=progress_log(self.progress, label, log, self.curves),
-                key=key,
+                log=progress_log(self.progress, one.label, one.log, self.curves),
+                key=one.key,
                 loss=p.kind.loss,
                 checkpoints=checkpoints,
             )
         except train.DivergedError as error:
-            self.progress.note(f"{label}: diverged, {error}")
-            record["diverged"] = {"step": error.step, "loss": str(error.loss)}
-            once(lambda: results.write_run(p.out, record, log))
-            checkpoints.remove()
+            fitted = error
+        record = self.end(one, fitted)
+        checkpoints.remove()
+        return record
+
+    def end(self, one: Begun, fitted: train.Fitted | train.DivergedError) -> dict:
+        """Write a run that has been trained, and measured where it is to be; its record."""
+        p, record = self.prepared, one.record
+        if isinstance(fitted, train.DivergedError):
+            self.progress.note(f"{one.label}: diverged, {fitted}")
+            record["diverged"] = {"step": fitted.step, "loss": str(fitted.loss)}
+            once(lambda: results.write_run(p.out, record, one.log))
             return record
         record |= {
             "num_steps": fitted.num_steps,
@@ -138,8 +184,8 @@ class Cell(NamedTuple):
             "resumed_at": fitted.resumed_at,
         }
         record["seconds"]["train"] = round(fitted.seconds, 3)
-        self.finish(run, record, log, program, fitted, frozen, label)
-        checkpoints.remove()
+        program = self.programs[one.graphdef]
+        self.finish(one.run, record, one.log, program, fitted, one.frozen, one.label)
         return record
 
     def finish(self, run, record, log, program, fitted, frozen, label) -> None:
@@ -164,6 +210,53 @@ class Cell(NamedTuple):
         if dtypes(frozen) in ((), ("float32",)):
             return self.base_apply, (program.merge(trainable, frozen),)
         return program.apply, (trainable, frozen)
+
+
+def checkpoints_of(p: Prepared, name: str, note: Callable[[str], None]) -> Checkpoints:
+    """Those of a run or a pack."""
+    seconds = p.study.train.checkpoint_seconds
+    return Checkpoints(p.out / "checkpoints" / name, name, seconds=seconds, note=note)
+
+
+def train_pack(
+    p: Prepared, cells: dict[str, Cell], named: list[Named], programs: dict
+) -> list[dict]:
+    """Train runs of one form together, then measure and write one after the other; their records.
+
+    A member of a pack that was begun before is trained even where another has written it since.
+    programs: of packs, by graphdef; it grows.
+    """
+    specs = {label: cell.spec for label, cell in cells.items()}
+    with opened(p.out, named, specs) as (pack, members):
+        own = [cells[one.run.label] for one in members]
+        rows, held_out, progress = own[0].train_rows, own[0].held_out, own[0].progress
+        batches = p.kind.batches(p, rows, members[0].run.seed)
+        each = [cell.start(one.run, batches) for cell, one in zip(own, members)]
+        trained = fit_pack(
+            p.study.train,
+            [
+                Member(
+                    (one.method, one.graphdef, one.trainable, one.frozen),
+                    one.run.learning_rate,
+                    training_of(p.study.train, one.run.method).epochs,
+                    one.key,
+                )
+                for one in each
+            ],
+            programs,
+            batches=batches,
+            validate=lambda *stacked: p.kind.validate_all(p, *stacked, held_out),
+            log=pack_log(
+                progress, [one.label for one in each], [one.log for one in each], own[0].curves
+            ),
+            loss=p.kind.loss,
+            checkpoints=checkpoints_of(p, pack, progress.note),
+        )
+        wanted, records = {one.name for one in named}, {}
+        for cell, one, fitted in zip(own, each, trained, strict=True):
+            if one.record["fingerprint"] in wanted:
+                records[one.record["fingerprint"]] = cell.end(one, fitted)
+    return [records[one.name] for one in named]
 
 
 def training_of(spec: TrainSpec, method: MethodSpec | None) -> TrainSpec:

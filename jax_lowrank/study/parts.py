@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jax_lowrank import data, models, results
+from jax_lowrank import data, models, results, sweep
 from jax_lowrank.config import Study
 
 
@@ -48,10 +48,11 @@ class Kind(NamedTuple):
     check(study, task, text, model): raises ConfigError or TaskError before any work.
     examples(p, split): rows to train or to validate on. batches(p, examples, seed); loss: of
     train.py. validate(p, apply, states, examples) -> nats, what learning rates and steps are chosen
-    by. measure(p, apply, states) -> arrays and completions (`results.RunResult`), and `summary` of
-    these in one line; measures_tuning: also for the runs that choose a learning rate. measured(p):
-    all that `measure` depends on besides model and data. describe(p): its fields of study.json.
-    rows(p): what is stored of the evaluation rows, once for all runs.
+    by; validate_all(p, program, states, examples): the same of a sweep's stacked models. measure(p,
+    apply, states) -> arrays and completions (`results.RunResult`), and `summary` of these in one
+    line; measures_tuning: also for the runs that choose a learning rate. measured(p): all that
+    `measure` depends on besides model and data. describe(p): its fields of study.json. rows(p):
+    what is stored of the evaluation rows, once for all runs.
     """
 
     name: str
@@ -64,6 +65,7 @@ class Kind(NamedTuple):
     batches: Callable[[Prepared, Examples, int], Any]
     loss: Callable
     validate: Callable[[Prepared, Callable, tuple, Examples], float]
+    validate_all: Callable[[Prepared, sweep.Program, sweep.States, Examples], np.ndarray]
     measure: Callable[[Prepared, Callable, tuple], tuple[dict, dict]]
     measures_tuning: bool
     summary: Callable[[Prepared, dict, dict], str]

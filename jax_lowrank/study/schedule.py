@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import shutil
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 from jax_lowrank import results, train
@@ -57,11 +59,19 @@ def choose_rate(spec: MethodSpec, tuning: list[dict]) -> float:
     return min(usable)[1]
 
 
+class Named(NamedTuple):
+    """A run, and its fingerprint."""
+
+    run: Run
+    name: str
+
+
 class Schedule:
     """Does the runs of a study that nobody else does.
 
-    name: Run -> its fingerprint. make: does a run and writes it; its record. A run is done under a
-    claim, so that no two workers do it; the claim of a worker that dies is free again at once.
+    name: Run -> its fingerprint. packs: sorts runs, all of which are to be done now, into those
+    that are done together. make: does such runs and writes them; their records. A run is done under
+    a claim, so that no two workers do it; the claim of a worker that dies is free again at once.
     """
 
     def __init__(
@@ -69,65 +79,92 @@ class Schedule:
         prepared: Prepared,
         progress: Progress,
         name: Callable[[Prepared, Run], str],
-        make: Callable[[Run], dict],
+        packs: Callable[[list[Named]], list[list[Named]]],
+        make: Callable[[list[Named]], list[dict]],
         skipped: Callable[[Run], None],
     ):
         self.prepared, self.study, self.progress = prepared, prepared.study, progress
-        self.name, self.make, self.skipped = name, make, skipped
+        self.name, self.packs, self.make, self.skipped = name, packs, make, skipped
         self.records: dict[Slot, dict] = {}
-        self.runs: dict[Slot, tuple[Run, str]] = {}
+        self.runs: dict[Slot, Named] = {}
 
     def work(self, slots: list[Slot]) -> None:
         """Until all of these are finished, here or by others.
 
-        What they depend on is done here as well, unless another worker is at it.
+        What they depend on is done here as well, unless another worker is at it. Raises
+        DivergedError, after all else is done, where every learning rate of a method diverged.
         """
+        before = [slot for slot in slots_of(self.study) if slot in needed(self.study, slots)]
         waiting = False
         while left := [slot for slot in slots if slot not in self.records]:
-            before = len(self.records)
+            if self.attempt(left) or self.attempt(before):
+                continue
             for slot in left:
-                self.record(slot, work=True)
-            if all(slot in self.records for slot in slots):
-                return
-            if len(self.records) == before:
-                if not waiting:
-                    self.progress.note(f"waiting for other workers: {len(left)} runs")
-                waiting = True
-                time.sleep(POLL)
+                self.named(slot)  # one that never will have a rate says so here
+            if not waiting:
+                self.progress.note(f"waiting for other workers: {len(left)} runs")
+            waiting = True
+            time.sleep(POLL)
 
-    def record(self, slot: Slot, *, work: bool) -> dict | None:
-        """A slot's record: from disk, or, with `work`, made now. None: not finished, and another
-        worker is at it, or at what it depends on.
-        """
-        if slot in self.records:
-            return self.records[slot]
-        rate = slot.rate
-        if slot.kind == "final":
-            tuning = [self.record(t, work=work) for t in tuning_of(self.study, slot.method)]
-            if None in tuning:
-                return None
-            rate = choose_rate(self.study.methods[slot.method], tuning)
-        record = self._find_or_make(slot, rate, work)
-        if record is not None:
-            self.records[slot] = record
-        return record
+    def attempt(self, slots: list[Slot]) -> bool:
+        """Find or make what is ready of these and not done; whether there is anything new."""
+        known = len(self.records)
+        ready = {}
+        for slot in slots:
+            with contextlib.suppress(train.DivergedError):
+                if slot not in self.records and (named := self.named(slot)) is not None:
+                    ready[named.name] = slot
+        for pack in self.packs([self.runs[slot] for slot in ready.values()]):
+            self.do([ready[named.name] for named in pack])
+        return len(self.records) > known
 
-    def _find_or_make(self, slot: Slot, rate: float | None, work: bool) -> dict | None:
-        out = self.prepared.out
+    def record(self, slot: Slot) -> dict | None:
+        """A slot's record; None while it is not finished."""
+        if slot not in self.records and (named := self.named(slot)) is not None:
+            record = once(lambda: results.finished(self.prepared.out, named.name))
+            if record is not None:
+                self.records[slot] = record
+                self.skipped(named.run)
+        return self.records.get(slot)
+
+    def named(self, slot: Slot) -> Named | None:
+        """The run of a slot; None while its learning rate is not chosen. Raises DivergedError where
+        none can be."""
         if slot not in self.runs:
             spec = self.study.methods[slot.method] if slot.method >= 0 else None
+            rate = slot.rate
+            if slot.kind == "final":
+                tuning = [self.record(t) for t in tuning_of(self.study, slot.method)]
+                if None in tuning:
+                    return None
+                rate = choose_rate(spec, tuning)
             run = Run(slot.kind, spec, rate, slot.seed)
-            self.runs[slot] = run, self.name(self.prepared, run)
-        run, name = self.runs[slot]
-        if not work:
-            return once(lambda: results.finished(out, name))
-        with claim(out / "claims" / name) as mine:
-            record = once(lambda: results.finished(out, name))  # perhaps by another, just before
-            if record is None and mine:
-                once(lambda: results.clear_partial(out / "runs" / name))
-                return self.make(run)
-            if mine:  # else who made them is deleting them
-                once(lambda: shutil.rmtree(out / "checkpoints" / name, ignore_errors=True))
-        if record is not None:
-            self.skipped(run)
-        return record
+            self.runs[slot] = Named(run, self.name(self.prepared, run))
+        return self.runs[slot]
+
+    def do(self, slots: list[Slot]) -> None:
+        """Make, together, those of these runs that are not finished and that nobody else is at."""
+        out, mine = self.prepared.out, []
+        with contextlib.ExitStack() as held:
+            for slot in slots:
+                run, name = self.runs[slot]
+                claimed = held.enter_context(claim(out / "claims" / name))
+                # perhaps by another, just before
+                record = once(lambda name=name: results.finished(out, name))
+                if record is not None:
+                    if slot not in self.records:
+                        self.records[slot] = record
+                        self.skipped(run)
+                    if claimed:  # else who made them is deleting them
+                        once(lambda name=name: delete_checkpoints(out, name))
+                elif claimed:
+                    once(lambda name=name: results.clear_partial(out / "runs" / name))
+                    mine.append(slot)
+            if mine:
+                made = self.make([self.runs[slot] for slot in mine])
+                self.records |= dict(zip(mine, made, strict=True))
+
+
+def delete_checkpoints(out: Path, name: str) -> None:
+    """Those of a finished run."""
+    shutil.rmtree(out / "checkpoints" / name, ignore_errors=True)

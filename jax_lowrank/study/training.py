@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 
-from jax_lowrank import data, infer, sharding, train
+from jax_lowrank import data, infer, sharding, sweep, train
 from jax_lowrank.adapt.method import Method, bind, count, dtypes
 from jax_lowrank.checkpoint import Checkpoints
 from jax_lowrank.config import TrainSpec
@@ -68,6 +68,58 @@ def fit(
         accumulate=spec.accumulate,
         steps_per_call=spec.steps_per_call,
         key=key,
+        checkpoints=checkpoints,
+    )
+
+
+class Member(NamedTuple):
+    """A run of a pack."""
+
+    parts: tuple  # method, graphdef, trainable, frozen
+    peak: float
+    epochs: int
+    key: jax.Array
+
+
+def fit_pack(
+    spec: TrainSpec,
+    members: Sequence[Member],
+    programs: dict,
+    *,
+    batches: data.Batches,
+    validate: Callable,
+    log: Callable,
+    loss: Callable,
+    checkpoints: Checkpoints,
+) -> list[train.Fitted | train.DivergedError]:
+    """`sweep.fit` with the settings of a TrainSpec. programs: graphdef -> Program; it grows.
+
+    validate: (program, states) -> losses (K,).
+    """
+    cells = [
+        sweep.Cell(
+            *one.parts,
+            train.make_schedule(
+                one.peak,
+                train.num_steps(batches, one.epochs),
+                spec.warmup_fraction,
+                spec.schedule,
+            ),
+            one.key,
+            spec.weight_decay,
+            spec.clip,
+        )
+        for one in members
+    ]
+    made = sweep.make_program(cells[0], loss, accumulate=spec.accumulate, remat=spec.remat)
+    program = programs.setdefault(made.graphdef, made)
+    return sweep.fit(
+        program=program,
+        cells=cells,
+        batches=batches,
+        validate=lambda states: validate(program, states),
+        log=log,
+        steps_per_call=spec.steps_per_call,
         checkpoints=checkpoints,
     )
 
@@ -133,3 +185,51 @@ def progress_log(
             seen = line["step"]
 
     return log
+
+
+def pack_log(
+    progress: Progress, labels: Sequence[str], keep: Sequence[list[dict]], curves: Path | None
+) -> Callable:
+    """`progress_log` of runs that are trained together; it gets a run's number and a line of its.
+
+    Steps that all of them did in one call count at once: one after the other, in no time, they
+    would make the time left too short.
+    """
+    each = [Tally() for _ in labels]
+    alone = [progress_log(tally, *one, curves) for tally, *one in zip(each, labels, keep)]
+    newest = 0
+
+    def tell() -> None:
+        done, known = sum(one.done for one in each), sum(one.known for one in each)
+        if known:
+            progress.skip(known)
+        if done:
+            text = next(one.text for one in each if one.done)
+            progress.advance(done, f"{len(labels)} runs together, of them {text}")
+        for one in each:
+            one.done = one.known = 0
+
+    def log(number: int, line: dict) -> None:
+        nonlocal newest
+        if line["step"] != newest or "loss" not in line:
+            tell()
+            newest = line["step"]
+        alone[number](line)
+
+    return log
+
+
+class Tally:
+    """Steps that a run did since they were last told, in this session and in earlier ones; stands
+    in for a Progress."""
+
+    def __init__(self):
+        self.done, self.known, self.text = 0, 0, ""
+
+    def advance(self, steps: int, text: str) -> None:
+        """Steps that were just done."""
+        self.done, self.text = self.done + steps, text
+
+    def skip(self, steps: int) -> None:
+        """Steps that an earlier session did."""
+        self.known += steps

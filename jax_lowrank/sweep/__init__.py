@@ -7,7 +7,7 @@ learning rates, weight decay, clipping, LoRA+ ratio, dropout key and length. K c
 and cell, S tokens.
 """
 
-from jax_lowrank.sweep.cells import Cell, OwnBatches, Program, SweepError, make_program
+from jax_lowrank.sweep.cells import Cell, OwnBatches, Program, States, SweepError, make_program
 from jax_lowrank.sweep.loop import fit
 
-__all__ = ["Cell", "OwnBatches", "Program", "SweepError", "fit", "make_program"]
+__all__ = ["Cell", "OwnBatches", "Program", "States", "SweepError", "fit", "make_program"]

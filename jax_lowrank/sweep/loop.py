@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from jax_lowrank import train
 from jax_lowrank.adapt import padded
+from jax_lowrank.checkpoint import Checkpoints, Interrupted
 from jax_lowrank.sweep import step as compiled
 from jax_lowrank.sweep.cells import Cell, OwnBatches, Program, States, stack
 from jax_lowrank.train import DivergedError, Fitted
@@ -26,27 +28,33 @@ def fit(
     log: Callable[[int, dict], None],
     steps_per_call: int = 32,
     size: int | None = None,
+    checkpoints: Checkpoints | None = None,
 ) -> list[Fitted | DivergedError]:
     """`train.fit` of every cell, in the order of `cells`: what it returns, or what it would raise.
 
     batches: one for all cells, or OwnBatches. validate: losses of the stacked models (K,), those of
     surplus ones included or not. log: gets a cell's number and its line. size: how many cells are
-    computed at once; None: see `step.pack_size`. Seconds and speeds of a cell count its share of
-    the sweep's time.
+    computed at once; None: see `step.pack_size`. checkpoints: of the whole sweep, as `train.fit`
+    has them of a run. Seconds and speeds of a cell count its share of the sweep's time.
 
-    Raises what `stack` raises.
+    Raises what `stack` raises and, with checkpoints, what `train.fit` raises of them.
     """
     if size is None:
         size = compiled.pack_size(len(cells), compiled.tokens_of(batches), compiled.pack_limit())
     run = Sweep(program, cells, stack(program, cells, size), batches, validate, log, size)
     epoch = batches.steps_per_epoch
-    run.validated()
-    while living := run.living(run.step):
-        stop = min((run.step // epoch + 1) * epoch, *(run.ends[k] for k in living))
-        for step, chunk in train.chunks(batches, run.step, stop, steps_per_call):
-            run.advance(step, chunk, steps_per_call)
-        run.report()
-        run.validated()
+    with checkpoints or contextlib.nullcontext():
+        if not run.resume(checkpoints):
+            run.validated()
+        while living := run.living(run.step):
+            stop = min((run.step // epoch + 1) * epoch, *(run.ends[k] for k in living))
+            for step, chunk in train.chunks(batches, run.step, stop, steps_per_call):
+                run.advance(step, chunk, steps_per_call)
+                if run.step < stop:
+                    run.save_if_due(checkpoints)
+            run.report()
+            run.validated()
+            run.save_if_due(checkpoints)
     return run.outcomes()
 
 
@@ -71,9 +79,52 @@ class Sweep:
         self.paired = not isinstance(batches, OwnBatches)
         self.step, self.tokens, self.pending = 0, [0] * len(cells), None
         self.errors: dict[int, DivergedError] = {}
+        self.lines: list[list[dict]] = [[] for _ in cells]
+        self.resumed_at: tuple[int, ...] = ()
         self.found = [Best(0, math.inf)] * len(cells)
         self.best = jax.tree.map(np.array, self.trainable)
         self.began = time.perf_counter()
+
+    def arrays(self) -> dict[str, Any]:
+        """Every array that the rest of the sweep depends on and that the cells do not give."""
+        return {"trainable": self.trainable, "opt_state": self.opt, "best": self.best}
+
+    def resume(self, checkpoints: Checkpoints | None) -> bool:
+        """Go on where the newest good checkpoint is; whether there was one."""
+        saved = checkpoints.restore(self.arrays()) if checkpoints else None
+        if saved is None:
+            return False
+        self.trainable, self.opt = saved.state["trainable"], saved.state["opt_state"]
+        self.best = jax.tree.map(np.array, saved.state["best"])
+        facts = saved.facts
+        self.step, self.tokens, self.lines = facts["step"], facts["tokens"], facts["lines"]
+        self.found = [Best(*pair) for pair in facts["found"]]
+        self.errors = {k: DivergedError(step, loss) for k, step, loss in facts["errors"]}
+        self.resumed_at = (*facts["resumed_at"], self.step)
+        self.began -= facts["seconds"]
+        for k, lines in enumerate(self.lines):
+            for line in lines:
+                self.log(k, {**line, "resumed": True})
+        return True
+
+    def save_if_due(self, checkpoints: Checkpoints | None) -> None:
+        """Save when it is time to, or when a signal asked for it; then raise Interrupted."""
+        if checkpoints is None or not checkpoints.due():
+            return
+        self.report()
+        names = ("step", "tokens", "lines", "found", "resumed_at")
+        facts = {name: getattr(self, name) for name in names}
+        facts["errors"] = [(k, error.step, error.loss) for k, error in self.errors.items()]
+        facts["seconds"] = time.perf_counter() - self.began
+        checkpoints.save(self.step, self.arrays(), facts)
+        if checkpoints.asked:
+            checkpoints.wait()
+            raise Interrupted(f"stopped after step {self.step} of {max(self.ends)}")
+
+    def tell(self, k: int, line: dict) -> None:
+        """Log a line of a cell, and keep it for checkpoints."""
+        self.lines[k].append(line)
+        self.log(k, line)
 
     def living(self, step: int) -> list[int]:
         """The cells that train at a step, as far as is known."""
@@ -126,7 +177,7 @@ class Sweep:
             if bad.size:
                 self.errors[k] = DivergedError(step + int(bad[0]) + 1, float(losses[k, bad[0]]))
                 continue
-            self.log(
+            self.tell(
                 k,
                 {
                     "step": step + count,
@@ -154,7 +205,7 @@ class Sweep:
             if self.step and not math.isfinite(loss):
                 self.errors[k] = DivergedError(self.step, loss)
                 continue
-            self.log(k, {"step": self.step, "validation_loss": loss})
+            self.tell(k, {"step": self.step, "validation_loss": loss})
             if loss < self.found[k].loss:
                 self.found[k] = Best(self.step, loss)
                 better.append(k)
@@ -173,7 +224,8 @@ class Sweep:
             state = jax.tree.map(lambda x: x[k], self.best)  # noqa: B023
             state = padded.cut(state, self.layers[k], self.likes[k])
             share = seconds * end / sum(self.ends)
-            out.append(Fitted(state, *self.found[k], end, share, self.tokens[k] / share, ()))
+            speed = self.tokens[k] / share
+            out.append(Fitted(state, *self.found[k], end, share, speed, self.resumed_at))
         return out
 
 

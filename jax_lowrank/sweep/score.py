@@ -1,9 +1,9 @@
-"""What stacked models predict. K models, N texts, C classes."""
+"""What stacked models predict. K models, N texts, C classes, B rows a batch, S tokens."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
@@ -13,13 +13,21 @@ from jax_lowrank.sweep.cells import Program, States
 from jax_lowrank.sweep.step import pack_limit, pack_size
 
 
-@functools.partial(jax.jit, static_argnames=("apply", "size"))
-def _class_logits(apply, size, states, tokens, mask):
+@functools.partial(jax.jit, static_argnames=("ask", "apply", "size"))
+def _of_each(ask, apply, size, states, *rows):
     def one(cell):
         trainable, own = cell
-        return apply(trainable, (own, states.shared)).classify(tokens, mask)
+        return ask(apply(trainable, (own, states.shared)), *rows)
 
     return jax.lax.map(one, (states.trainable, states.own), batch_size=size)
+
+
+def _class_logits(model, tokens, mask):
+    return model.classify(tokens, mask)
+
+
+def _row_nll(model, tokens, weights):
+    return (model.nll(tokens) * weights).sum(1)
 
 
 def classify(
@@ -31,13 +39,33 @@ def classify(
     pad_id: int,
 ) -> np.ndarray:
     """Class logits (K, N, C) float32 of each model for each token sequence."""
+    blocks = infer.right_padded(sequences, batch_size, pad_id)
+    return _ask(_class_logits, program, states, blocks, len(sequences))
+
+
+def likelihood(
+    program: Program,
+    states: States,
+    sequences: Sequence[Sequence[int]],
+    *,
+    batch_size: int,
+    pad_id: int,
+) -> infer.Likelihood:
+    """-log p of each token sequence given its first token, nll (K, N), and tokens (N,)."""
+    blocks = infer.weighted(sequences, None, batch_size, pad_id)
+    nll = _ask(_row_nll, program, states, blocks, len(sequences))
+    return infer.Likelihood(nll, infer.num_predicted(sequences, None))
+
+
+def _ask(ask: Callable, program: Program, states: States, blocks, num_rows: int) -> np.ndarray:
+    """(K, N, ...) float32 of what `ask` returns for blocks of rows."""
     num_models = jax.tree.leaves(states.trainable)[0].shape[0]
-    blocks = []
-    for rows, tokens, mask in infer.right_padded(sequences, batch_size, pad_id):
+    found = []
+    for rows, tokens, beside in blocks:
         size = pack_size(num_models, tokens.size, pack_limit())
-        blocks.append((rows, _class_logits(program.apply, size, states, tokens, mask)))
-    blocks = jax.device_get(blocks)
-    logits = np.zeros((num_models, len(sequences), blocks[0][1].shape[2]), np.float32)
-    for rows, values in blocks:
-        logits[:, rows] = values[:, : len(rows)]
-    return logits
+        found.append((rows, _of_each(ask, program.apply, size, states, tokens, beside)))
+    found = jax.device_get(found)
+    out = np.zeros((num_models, num_rows, *found[0][1].shape[2:]), np.float32)
+    for rows, values in found:
+        out[:, rows] = values[:, : len(rows)]
+    return out

@@ -1,0 +1,213 @@
+"""Which runs of a study are trained together, each as if it were alone (see jax_lowrank/sweep).
+
+checkpoints/PACK.json says whose checkpoints lie in checkpoints/PACK: a pack that was interrupted
+goes on with the same members, whatever has been done of them in between.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import math
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import jax
+
+from jax_lowrank import memory, results
+from jax_lowrank.adapt import METHODS, lora
+from jax_lowrank.adapt.method import count, dtypes
+from jax_lowrank.config import MethodSpec, Run, fingerprint
+from jax_lowrank.processes import several
+from jax_lowrank.study.parts import Prepared
+from jax_lowrank.study.schedule import Named
+from jax_lowrank.sweep.step import pack_limit
+from jax_lowrank.workers import claim
+
+MOST = 16  # members: an adapter-step gets hardly cheaper, and other workers want their share
+SHARE = 0.5  # of the memory, for a pack
+COMPILING = 5e11  # floating-point operations of a CPU in the time that a program takes to compile
+WIDER = 1.5  # work of a step with the largest adapter of a pack, of that with one's own; at most
+
+
+def form(run: Run) -> tuple | None:
+    """Runs of one form can share a program and every batch; None: this one shares with none.
+
+    Rank, alpha, layers, initial values, learning rate, LoRA+ ratio and epochs are a member's own.
+    """
+    spec = run.method
+    if spec is None or (spec.name == "full" and jax.default_backend() == "cpu"):
+        return None  # full: nothing is shared, and small products side by side are slow on a CPU
+    if spec.name != "lora":
+        return (spec.name, run.seed)
+    # Of layers that are not adapted a magnitude would learn: under DoRA they must be the same ones.
+    layers = (spec.layers, spec.layer_fraction) if spec.dora else ()
+    from_base = spec.init in lora.FROM_BASE
+    return (spec.name, run.seed, spec.targets, spec.dropout, from_base, spec.dora, layers)
+
+
+class Packing:
+    """Sorts the runs of a study into packs.
+
+    tokens: of an optimizer step of one run, pads included. steps: label -> steps of a run.
+    """
+
+    def __init__(self, prepared: Prepared, tokens: int, steps: Mapping[str, int]):
+        self.p, self.tokens, self.steps = prepared, tokens, steps
+        self.specs = {spec.label: spec for spec in prepared.study.methods}
+        # One run keeps this machine busy: there is nothing to gain but compilation.
+        self.busy = pack_limit() < 2 * tokens
+        self.sizes: dict[str, int] = {}  # label -> parameters that are trained
+        self.rooms: dict[str, int] = {}  # label -> runs that memory has room for
+
+    def __call__(self, named: Sequence[Named]) -> list[list[Named]]:
+        """Runs that are to be done now in packs, those first that were begun together."""
+        if not self.possible():
+            return [[one] for one in named]
+        found, rest = [], list(named)
+        for members in begun(self.p.out).values():
+            part = [one for one in rest if one.name in members]
+            rest = [one for one in rest if one.name not in members]
+            found += [part] if part else []
+        groups: dict = {}
+        for one in rest:
+            groups.setdefault(form(one.run) or one.name, []).append(one)
+        for group in groups.values():
+            found += self.cut(group) if len(group) > 1 else [group]
+        return found
+
+    def possible(self) -> bool:
+        """Whether runs of this study are trained together at all.
+
+        Not on several devices, which would have to share the members as well as their rows. Not
+        below float32: filling up a rank would change more there than a result's last digits.
+        """
+        one = self.p.mesh is None and not several()
+        return (
+            one
+            and self.p.study.train.sweep_size != 1
+            and dtypes(self.p.model.params) == ("float32",)
+        )
+
+    def resumes(self, one: Named) -> bool:
+        """Whether a run was begun in a pack."""
+        return self.possible() and any(one.name in pack for pack in begun(self.p.out).values())
+
+    def cut(self, group: list[Named]) -> list[list[Named]]:
+        """Packs of runs of one form. All adapters of a pack are filled up to its largest."""
+        by_label: dict[str, list[Named]] = {}
+        for one in group:
+            by_label.setdefault(one.run.label, []).append(one)
+        labels = sorted(by_label, key=self.size, reverse=True)
+        found = []
+        while labels:
+            joining = itertools.takewhile(lambda label: self.joins(label, labels[0]), labels)  # noqa: B023
+            near = list(joining)
+            # A run of each method in turn: packs of the same methods compile once.
+            turns = itertools.zip_longest(*(by_label[label] for label in near))
+            runs = [one for turn in turns for one in turn if one is not None]
+            parts = math.ceil(len(runs) / self.most(labels[0], len(near)))
+            even = math.ceil(len(runs) / parts)
+            found += [runs[i : i + even] for i in range(0, len(runs), even)]
+            labels = labels[len(near) :]
+        return found
+
+    def joins(self, label: str, largest: str) -> bool:
+        """Whether to train a method in the program of a larger one, which is filled up with 0."""
+        base, own, most = count(self.p.model.params), self.size(label), self.size(largest)
+        if not self.busy:
+            return 4 * base + 6 * most <= WIDER * (4 * base + 6 * own)
+        runs = len(self.specs[label].learning_rates) + len(self.p.study.seeds)
+        more = 6 * (most - own) * self.tokens * self.steps[label]
+        return runs * more <= COMPILING
+
+    def size(self, label: str) -> int:
+        """How many parameters a method trains."""
+        if label not in self.sizes:
+            _, trainable, _ = memory.split(method_of(self.specs[label]), self.p.model)
+            self.sizes[label] = count(trainable)
+        return self.sizes[label]
+
+    def most(self, label: str, num_methods: int) -> int:
+        """How many members a pack may have, whose largest method is `label`."""
+        wanted = self.p.study.train.sweep_size or min(MOST, num_methods if self.busy else MOST)
+        return 1 if wanted == 1 else min(wanted, self.room(label))
+
+    def room(self, label: str) -> int:
+        """How many runs of a method memory has room for at once; at least one."""
+        if label not in self.rooms:
+            t, method = self.p.study.train, method_of(self.specs[label])
+            alone = memory.Sizes({"data": 1, "fsdp": 1, "tensor": 1})
+            each = memory.estimate(self.p.model, method, t, t.batch_size, t.max_length, alone)
+            free = SHARE * memory.of_this_device() - each.frozen
+            kept = 2 * each.trainable + each.optimizer  # with its best state so far
+            at_once = max(1, pack_limit() // self.tokens)
+            few = free // (kept + each.step)
+            many = (free - at_once * each.step) // kept
+            self.rooms[label] = max(1, int(few if few < at_once else many))
+        return self.rooms[label]
+
+
+def method_of(spec: MethodSpec):
+    """The method that a spec names, with its options."""
+    return METHODS[spec.name](**spec.options())
+
+
+def begun(out: Path) -> dict[str, dict[str, list]]:
+    """Packs with checkpoints: name -> fingerprint of a member -> its kind, label, rate and seed."""
+    files = sorted((out / "checkpoints").glob("pack-*.json"))
+    found = {}
+    for file in files:
+        with contextlib.suppress(FileNotFoundError):  # another worker has finished it
+            found[file.stem] = json.loads(file.read_text(encoding="utf-8"))
+    return found
+
+
+@contextlib.contextmanager
+def opened(
+    out: Path, named: Sequence[Named], specs: Mapping[str, MethodSpec]
+) -> Iterator[tuple[str, list[Named]]]:
+    """The pack that runs were begun in, with all of its members, or a new one of them; its name.
+
+    It is no longer there when the block is left without an error.
+    """
+    with contextlib.ExitStack() as held:
+        for pack, members in begun(out).items():
+            known = all(member[1] in specs for member in members.values())
+            whole = known and {one.name for one in named} <= members.keys()
+            if whole and held.enter_context(claim(out / "claims" / pack)):
+                break
+        else:
+            pack = f"pack-{fingerprint([one.name for one in named])}"
+            members = {
+                one.name: [one.run.kind, one.run.label, one.run.learning_rate, one.run.seed]
+                for one in named
+            }
+            held.enter_context(claim(out / "claims" / pack))
+            (out / "checkpoints").mkdir(exist_ok=True)
+            results.write_whole(out / "checkpoints" / f"{pack}.json", json.dumps(members))
+        yield (
+            pack,
+            [
+                Named(Run(kind, specs[label], rate, seed), name)
+                for name, (kind, label, rate, seed) in members.items()
+            ],
+        )
+        delete(out, pack)
+
+
+def tidy(out: Path) -> None:
+    """Delete the checkpoints of packs that were killed when all of their members were written."""
+    for pack, members in begun(out).items():
+        if all(results.finished(out, name) for name in members):
+            with claim(out / "claims" / pack) as mine:
+                if mine:
+                    delete(out, pack)
+
+
+def delete(out: Path, pack: str) -> None:
+    """The checkpoints of a pack first: what names them is what finds them."""
+    shutil.rmtree(out / "checkpoints" / pack, ignore_errors=True)
+    (out / "checkpoints" / f"{pack}.json").unlink(missing_ok=True)
