@@ -15,7 +15,7 @@ from jax_lowrank.config import MethodSpec, Run, Study
 from jax_lowrank.processes import once
 from jax_lowrank.progress import Progress
 from jax_lowrank.study.parts import Prepared
-from jax_lowrank.workers import claim
+from jax_lowrank.workers import claim, turn
 
 POLL = 1.0  # seconds between two looks at what other workers do
 
@@ -146,23 +146,30 @@ class Schedule:
         """Make, together, those of these runs that are not finished and that nobody else is at."""
         out, mine = self.prepared.out, []
         with contextlib.ExitStack() as held:
-            for slot in slots:
-                run, name = self.runs[slot]
-                claimed = held.enter_context(claim(out / "claims" / name))
-                # perhaps by another, just before
-                record = once(lambda name=name: results.finished(out, name))
-                if record is not None:
-                    if slot not in self.records:
-                        self.records[slot] = record
-                        self.skipped(run)
-                    if claimed:  # else who made them is deleting them
-                        once(lambda name=name: delete_checkpoints(out, name))
-                elif claimed:
-                    once(lambda name=name: results.clear_partial(out / "runs" / name))
-                    mine.append(slot)
+            # One worker at a time, or two that come together would have every other run of a pack.
+            with turn(out / "claims" / "choice", lambda: None, POLL / 20):
+                for slot in slots:
+                    if self.claimed(slot, held):
+                        mine.append(slot)
             if mine:
                 made = self.make([self.runs[slot] for slot in mine])
                 self.records |= dict(zip(mine, made, strict=True))
+
+    def claimed(self, slot: Slot, held: contextlib.ExitStack) -> bool:
+        """Whether a run is to be done here: unfinished, and claimed until `held` is closed."""
+        out, (run, name) = self.prepared.out, self.runs[slot]
+        mine = held.enter_context(claim(out / "claims" / name))
+        record = once(lambda: results.finished(out, name))  # perhaps by another, just before
+        if record is None:
+            if mine:
+                once(lambda: results.clear_partial(out / "runs" / name))
+            return mine
+        if slot not in self.records:
+            self.records[slot] = record
+            self.skipped(run)
+        if mine:  # else who made them is deleting them
+            once(lambda: delete_checkpoints(out, name))
+        return False
 
 
 def delete_checkpoints(out: Path, name: str) -> None:
