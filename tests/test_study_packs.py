@@ -30,8 +30,8 @@ def config():
             "validation_fraction": 0.2, "test_fraction": 0.3,
         }}),
         methods=(
-            MethodSpec("lora", (1e-2, 1e30), rank=2, dropout=0.1),
-            MethodSpec("lora", (2e-2,), rank=4, layer_fraction=0.5, dropout=0.1, plus_ratio=4,
+            MethodSpec("lora", (3e-3, 1e30), rank=2, dropout=0.1),
+            MethodSpec("lora", (5e-3,), rank=4, layer_fraction=0.5, dropout=0.1, plus_ratio=4,
                        epochs=3),
         ),
         train=TrainSpec(epochs=2, batch_size=8, max_length=16, steps_per_call=2), seeds=(1,),
@@ -76,6 +76,7 @@ def test_a_study_in_packs_gives_what_its_runs_give_alone(config, packed, monkeyp
     alone = config.parent / "alone"
     with monkeypatch.context() as patch:
         patch.setattr(grid, "train_pack", None)
+        patch.setattr(cli, "write_report", lambda directory: 0)
         assert cli.main(["study", str(config), "--out", str(alone), "--no-sweep"]) == 0
     assert "together" not in capsys.readouterr().err
     runs = {run.record["fingerprint"]: run for run in results.read_study(alone).runs}
@@ -124,7 +125,7 @@ def test_a_pack_that_is_stopped_goes_on_with_all_its_members(
         with pytest.raises(Interrupted, match="stopped after step 3 of 9"):
             execute(again, said.append)
     (pack,) = packs.begun(again.out).values()
-    assert sorted(rate for _, _, rate, _ in pack.values()) == [1e-2, 2e-2, 1e30]
+    assert sorted(rate for _, _, rate, _ in pack.values()) == [3e-3, 5e-3, 1e30]
     write, written = results.write_run, []
 
     def dying(out, record, *rest, **more):
