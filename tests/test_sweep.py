@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 from tiny import FIXTURES, apply_of, model_of, same_bytes
 
-from jax_lowrank import models, sweep, train
+from jax_lowrank import infer, models, sweep, train
 from jax_lowrank.adapt import METHODS
 from jax_lowrank.data import LabelledBatches, make_batches
 from jax_lowrank.models.head import Head
-from jax_lowrank.sweep import step
+from jax_lowrank.sweep import score, step
+from jax_lowrank.sweep.cells import stack
 
 STEPS = 50
 # f32: products of other shapes (packs, filled-up ranks) sum in another order, which is 1e-7 a step;
@@ -219,6 +220,26 @@ def test_cells_that_cannot_share_a_program_are_refused():
     with pytest.raises(sweep.SweepError, match="epochs of 10 and of 20 steps"):
         longer = make_batches([[1, 2]] * 80, batch_size=4, seed=0, pad_id=0)
         sweep.OwnBatches([corpus(), longer])
+
+
+def test_stacked_models_score_texts_as_each_does_alone():
+    cells, _, (out, _) = mixed()
+    trained = [cell._replace(trainable=got.trainable) for cell, got in zip(cells, out)]
+    texts = [[5, 9, 2, 7], [3, 1], [8, 8, 4, 6, 2, 11]]
+    states = stack(program(train.causal_lm_loss), trained).states
+    asked = {"batch_size": 2, "pad_id": 0}
+    found = score.likelihood(program(train.causal_lm_loss), states, texts, **asked)
+    assert found.nll.shape == (3, 3) and found.tokens.tolist() == [3, 1, 5]
+    for cell, nll in zip(trained, found.nll):
+        alone = infer.likelihood(
+            apply_of(cell.graphdef), (cell.trainable, cell.frozen), texts, **asked
+        )
+        np.testing.assert_allclose(nll, alone.nll, rtol=RTOL)
+
+
+def test_a_state_that_is_cut_lies_in_one_piece():
+    _, _, (out, _) = mixed()  # or safetensors would write what lies between
+    assert all(leaf.flags.c_contiguous for leaf in jax.tree.leaves([got.trainable for got in out]))
 
 
 TWO, FOUR = {"rank": 2, "alpha": 4.0}, {"rank": 4, "alpha": 4.0}
