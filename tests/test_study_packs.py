@@ -38,8 +38,9 @@ def config():
         evaluate=EvalSpec(minimum=3, num_resamples=50),
     )
 """
-# As in test_sweep: sums in another order; of what falls out of validation and rounding, a digit.
-RTOL = 1e-5
+RTOL = 1e-5  # as in test_sweep
+# Of a model of width 16 that has nearly learned its rows: norms of 5 to 7, seen 3.8e-5 apart.
+NORM_RTOL = 1e-4
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +96,8 @@ def test_a_study_in_packs_gives_what_its_runs_give_alone(config, packed, monkeyp
         for line, wanted in zip(lines_of(folder), lines_of(theirs), strict=True):
             assert list(line) == list(wanted)
             for key in line.keys() - set(timed):
-                np.testing.assert_allclose(line[key], wanted[key], rtol=RTOL, err_msg=key)
+                rtol = NORM_RTOL if key == "gradient_norm" else RTOL
+                np.testing.assert_allclose(line[key], wanted[key], rtol=rtol, err_msg=key)
         if run.record["diverged"]:
             diverged += 1
             continue
