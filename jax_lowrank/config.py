@@ -44,6 +44,7 @@ LAYER_CHOICES = ("first", "last", "random")
 LAYER_LIST = re.compile(r"\d+(,\d+)*")
 INITS = ("kaiming", "gaussian", "pissa", "olora")
 REMATS = ("none", "dots", "offload", "full")
+PROTOCOLS = ("online", "published")
 NO_RESULT = {"result": False}  # metadata of fields that no result depends on
 
 
@@ -276,6 +277,25 @@ class EvalSpec:
 
 
 @dataclass(frozen=True)
+class MembershipSpec:
+    """An audit of what reported runs remember, by shadow models: their method on other rows."""
+
+    shadows: int = 64
+    """Of each audited method; more make the attack stronger."""
+    protocol: str = "online"
+    """online: each audited row trains half of them; published (arXiv 2405.17512): none."""
+    methods: tuple[str, ...] = ()
+    """Labels of those to audit; empty: all."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        protocol = nearest(self.protocol, PROTOCOLS)
+        require(self.protocol in PROTOCOLS, f"membership.protocol: {protocol}")
+        near = max(2, self.shadows + self.shadows % 2)
+        require(near == self.shadows, f"membership.shadows {self.shadows} is not even; use {near}")
+
+
+@dataclass(frozen=True)
 class Study:
     """One question, one base model, one task, and a grid of runs."""
 
@@ -291,6 +311,7 @@ class Study:
     pretrain: TrainSpec | None = None
     evaluate: EvalSpec = EvalSpec()
     mesh: MeshSpec = MeshSpec()
+    membership: MembershipSpec | None = None
 
     def __post_init__(self) -> None:
         require(len(self.methods) > 0, "a study needs at least one method")
@@ -304,6 +325,8 @@ class Study:
         labels = [method.label for method in self.methods]
         repeated = sorted({label for label in labels if labels.count(label) > 1})
         require(not repeated, f"methods appear twice: {repeated}")
+        for label in self.membership.methods if self.membership else ():
+            require(label in labels, f"membership.methods: {nearest(label, labels)}")
         require(
             bool(self.model.path) != (self.pretrain is not None),
             "give model.path (a checkpoint) or pretrain (make the model here), not both or neither",
@@ -315,7 +338,7 @@ class Run:
     """One cell of a study's grid."""
 
     kind: str
-    """base, tune (chooses a learning rate) or final (is reported)."""
+    """base, tune (chooses a learning rate), final (is reported) or shadow (of an audit)."""
     method: MethodSpec | None
     learning_rate: float | None
     seed: int | None

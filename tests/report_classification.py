@@ -3,21 +3,35 @@
 import numpy as np
 from report_study import _record as record_of
 
-from jax_lowrank import results
-from jax_lowrank.config import EvalSpec, MethodSpec, ModelSpec, Study, TaskSpec, TrainSpec, plain
+from jax_lowrank import results, shadows
+from jax_lowrank.config import (
+    EvalSpec,
+    MembershipSpec,
+    MethodSpec,
+    ModelSpec,
+    Study,
+    TaskSpec,
+    TrainSpec,
+    plain,
+)
 
 RANKS = (1, 4)
 GROUPS = ("Large", "Small", "Tiny")
 NUM_TEST, NUM_VALIDATION = 600, 200
+NUM_AUDITED, NUM_SHADOWS = 400, 8
+MEMBER = np.arange(NUM_AUDITED) < NUM_AUDITED // 2
 # How far the logits of the right class lie above the other, on average, by method.
 SKILL = {"head": 0.6, 1: 0.9, 4: 1.2, "full": 1.3}
 FULL_RATES, LORA_RATES = (1e-4, 1e-3), (1e-3, 1e-2)
 
 
-def write(directory, *, skill=SKILL, unfair=(), seeds=(1, 2, 3), ranks=RANKS, num_classes=2):
+def write(
+    directory, *, skill=SKILL, unfair=(), seeds=(1, 2, 3), ranks=RANKS, num_classes=2, memory=None
+):
     """Write a study with this skill by method and read it back.
 
-    unfair: methods that do no better than chance on the group Small.
+    unfair: methods that do no better than chance on the group Small. memory: method -> how far the
+    logits of rows that a run was trained on lie above those of others; these methods are audited.
     """
     methods = [MethodSpec("head", (1e-2,))]
     methods += [MethodSpec("lora", LORA_RATES, rank=rank) for rank in ranks]
@@ -31,11 +45,14 @@ def write(directory, *, skill=SKILL, unfair=(), seeds=(1, 2, 3), ranks=RANKS, nu
         TrainSpec(),
         seeds=seeds,
         evaluate=EvalSpec(num_resamples=200, minimum=10),
+        membership=MembershipSpec(NUM_SHADOWS) if memory else None,
     )
     rows = {
         "validation": _rows(NUM_VALIDATION, 1, num_classes),
         "test": _rows(NUM_TEST, 2, num_classes),
     }
+    if memory:
+        rows["audited"] = _rows(NUM_AUDITED, 3, num_classes)
     results.open_study(directory, _description(study, num_classes), rows)
     base = _record("base", None, None, None) | {"seconds": {"evaluate": 1.0}}
     results.write_run(directory, base, [], _logits(rows, 0.0, (0, 0), False, num_classes), {})
@@ -49,8 +66,25 @@ def write(directory, *, skill=SKILL, unfair=(), seeds=(1, 2, 3), ranks=RANKS, nu
         for seed in seeds:
             record = _record("final", method, best, seed)
             arrays = _logits(rows, skill[key], (seed, key), key in unfair, num_classes)
+            if key in (memory or {}):
+                arrays |= _audited(rows["audited"], memory[key], MEMBER, (seed, key))
+            results.write_run(directory, record, [], arrays, {})
+        for k in range(NUM_SHADOWS if key in (memory or {}) else 0):
+            inside = shadows.halves(NUM_AUDITED, NUM_SHADOWS, 0)[:, k]
+            arrays = _logits(rows, skill[key], (100 + k, key), False, num_classes)
+            arrays = {"validation/logits": arrays["validation/logits"]}
+            arrays |= _audited(rows["audited"], memory[key], inside, (100 + k, key))
+            record = _record("shadow", method, best, 1_000_000 + k)
             results.write_run(directory, record, [], arrays, {})
     return results.read_study(directory)
+
+
+def _audited(rows, memory, inside, seeds):
+    rng = np.random.default_rng([seeds[0], sum(map(ord, str(seeds[1])))])
+    easy = np.random.default_rng(9).normal(0, 1, inside.size)
+    logits = rng.normal(0, 0.3, (inside.size, 2))
+    logits[np.arange(inside.size), rows.labels] += easy + memory * inside
+    return {"audited/logits": logits.astype(np.float32), "audited/inside": inside}
 
 
 def _record(kind, method, rate, seed):

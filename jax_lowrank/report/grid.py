@@ -67,6 +67,8 @@ def arrange(result: StudyResult) -> Grid:
     runs, diverged, tune = {}, [], []
     for run in result.runs:
         record = run.record
+        if record["kind"] == "shadow":
+            continue
         if record["kind"] == "tune":
             tune.append(record)
         elif record["kind"] == "base":

@@ -237,7 +237,7 @@ def _neutral(grid: Grid, run: RunResult) -> list[Metric]:
 
 
 def _ordered(result: StudyResult) -> list[RunResult]:
-    kinds = ("base", "final", "tune")
+    kinds = ("base", "final", "tune", "shadow")
 
     def key(run: RunResult) -> tuple:
         record = run.record

@@ -14,27 +14,33 @@ from jax_lowrank import results, train
 from jax_lowrank.config import MethodSpec, Run, Study
 from jax_lowrank.processes import once
 from jax_lowrank.progress import Progress
+from jax_lowrank.study.membership import FIRST_SEED
 from jax_lowrank.study.parts import Prepared
 from jax_lowrank.workers import claim, turn
 
+CHOSEN = ("final", "shadow")  # trained at the learning rate that was chosen
 POLL = 1.0  # seconds between two looks at what other workers do
 
 
 class Slot(NamedTuple):
     """A place in the grid: a run whose learning rate may not be chosen yet."""
 
-    kind: str  # base, tune or final
+    kind: str  # base, tune, final or shadow
     method: int = -1
     rate: float | None = None
     seed: int | None = None
 
 
 def slots_of(study: Study) -> list[Slot]:
-    """Base first; then, by method, the runs that choose a learning rate and the reported ones."""
-    slots = [Slot("base")]
+    """Base first; by method, the runs that choose a learning rate and those reported; shadows."""
+    slots, audit = [Slot("base")], study.membership
     for method in range(len(study.methods)):
         slots += tuning_of(study, method)
         slots += [Slot("final", method, None, seed) for seed in study.seeds]
+    for method, spec in enumerate(study.methods):
+        if audit and (not audit.methods or spec.label in audit.methods):
+            seeds = range(FIRST_SEED, FIRST_SEED + audit.shadows)
+            slots += [Slot("shadow", method, None, seed) for seed in seeds]
     return slots
 
 
@@ -46,7 +52,7 @@ def tuning_of(study: Study, method: int) -> list[Slot]:
 
 def needed(study: Study, slots: list[Slot]) -> set[Slot]:
     """These, and the runs that they depend on."""
-    methods = {slot.method for slot in slots if slot.kind == "final"}
+    methods = {slot.method for slot in slots if slot.kind in CHOSEN}
     return set(slots).union(*(tuning_of(study, method) for method in methods))
 
 
@@ -133,7 +139,7 @@ class Schedule:
         if slot not in self.runs:
             spec = self.study.methods[slot.method] if slot.method >= 0 else None
             rate = slot.rate
-            if slot.kind == "final":
+            if slot.kind in CHOSEN:
                 tuning = [self.record(t) for t in tuning_of(self.study, slot.method)]
                 if None in tuning:
                     return None

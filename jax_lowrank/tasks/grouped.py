@@ -53,6 +53,17 @@ class Grouped(NamedTuple):
         )
 
 
+def joined(one: Grouped, two: Grouped) -> Grouped:
+    """The rows of both, of one data set."""
+    return one._replace(
+        ids=one.ids + two.ids,
+        texts=one.texts + two.texts,
+        labels=np.concatenate([one.labels, two.labels]),
+        groups=np.concatenate([one.groups, two.groups]),
+        source_splits=one.source_splits + two.source_splits,
+    )
+
+
 def read_hatexplain(path: str, *, classes: str = "three") -> Grouped:
     """HateXplain's gold rows: majority label, and the targets that 2 of 3 annotators name.
 

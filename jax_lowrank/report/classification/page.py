@@ -10,7 +10,15 @@ from jax_lowrank.evaluation import subgroups
 from jax_lowrank.report import claims as claiming
 from jax_lowrank.report import drawing, metrics, page, tables
 from jax_lowrank.report.claims import Claim
-from jax_lowrank.report.classification import answer, claims, effects, figures, numbers, scores
+from jax_lowrank.report.classification import (
+    answer,
+    claims,
+    effects,
+    figures,
+    membership,
+    numbers,
+    scores,
+)
 from jax_lowrank.report.classification.numbers import RATES, TITLES, Case
 from jax_lowrank.report.metrics import Metric
 from jax_lowrank.results import RunResult, StudyResult
@@ -22,18 +30,20 @@ def write(study_dir: Path, result: StudyResult) -> Path:
     As `report.page.write` does.
     """
     case = numbers.arrange(result)
-    found = claims.from_case(case)
+    found, audit = claims.from_case(case), membership.audit(case, result)
     by_run = {run.record["fingerprint"]: run_metrics(case, run) for run in result.runs}
     files = {
         "results.jsonl": metrics.jsonl(result, by_run),
         "results.csv": metrics.table_csv(result, by_run),
         "claims.json": page.claims_json(case.grid, found),
-        "index.html": render(case, found),
+        "index.html": render(case, found, audit),
     }
+    if audit:
+        files["membership.csv"] = membership.table_csv(audit)
     return page.put(study_dir, files)
 
 
-def render(case: Case, found: list[Claim]) -> str:
+def render(case: Case, found: list[Claim], audit: membership.Audit | None = None) -> str:
     """The page as one HTML text."""
     from markupsafe import Markup
 
@@ -66,6 +76,8 @@ def render(case: Case, found: list[Claim]) -> str:
             rates_shown=RATES,
             groups=groups,
             worth=worth,
+            audit=audit,
+            false_positive_rates=membership.RATES,
             score_titles=scores.TITLES,
             roles=figures.roles(case),
             gaps={label: [gap for gap in gaps if gap.label == label] for label in case.outputs},
@@ -83,7 +95,7 @@ def render(case: Case, found: list[Claim]) -> str:
 
 def run_metrics(case: Case, run: RunResult) -> list[Metric]:
     """Rates by group and gaps of one run, with limits over rows; empty without outputs."""
-    if not run.arrays:
+    if "test/logits" not in run.arrays:
         return []
     predictions = run.arrays["test/logits"].argmax(1)
     found = subgroups.measure(

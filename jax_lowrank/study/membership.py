@@ -1,0 +1,60 @@
+"""Shadow models as runs of a study: which rows are audited, and which each shadow trains on.
+
+The audited pool is the training rows and as many test rows, which no reported run trained on.
+Online, every shadow trains on a half of the pool, so that each row is in for half of the shadows
+(Carlini et al. 2022); as published, shadows train on other test rows alone (arXiv 2405.17512).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from jax_lowrank import shadows
+from jax_lowrank.config import MembershipSpec, require
+from jax_lowrank.tasks import Classification
+from jax_lowrank.tasks.grouped import Grouped, joined
+
+POOL = "audited"
+OTHERS = "shadows' own"
+FIRST_SEED = 1_000_000  # of the shadows: none is a reported run's
+
+
+def with_pool(task: Classification, spec: MembershipSpec) -> Classification:
+    """The task with the audited rows, members first, and the rows that are left, as splits.
+
+    Raises ConfigError where too few test rows are left for published shadows.
+    """
+    train, test = task.splits["train"], task.splits["test"]
+    order = np.random.default_rng([spec.seed, 5]).permutation(len(test.ids))
+    number = min(len(train.ids), len(test.ids))
+    if spec.protocol == "published":
+        number = min(number, len(test.ids) // 2)
+        require(number >= 2, f"{len(test.ids)} test rows are too few to train shadows on as well")
+    chosen, rest = np.sort(order[:number]), np.sort(order[number:])
+    splits = {**task.splits, POOL: joined(train, test.take(chosen)), OTHERS: test.take(rest)}
+    return task._replace(splits=splits)
+
+
+def inside(task: Classification, spec: MembershipSpec) -> np.ndarray:
+    """(A, K) bool: which audited rows each shadow trains on."""
+    size = len(task.splits[POOL].ids)
+    if spec.protocol == "published":
+        return np.zeros((size, spec.shadows), bool)
+    return shadows.halves(size, spec.shadows, spec.seed)
+
+
+def rows_of(task: Classification, spec: MembershipSpec, seed: int) -> tuple[str, np.ndarray]:
+    """The split that the shadow of this seed trains on, and its rows there."""
+    k = seed - FIRST_SEED
+    if spec.protocol == "online":
+        return POOL, np.flatnonzero(inside(task, spec)[:, k])
+    rest: Grouped = task.splits[OTHERS]
+    taken = shadows.published(np.zeros(len(rest.ids), bool), spec.shadows, spec.seed)
+    return OTHERS, np.flatnonzero(taken[:, k])
+
+
+def known_to(task: Classification, spec: MembershipSpec, kind: str, seed: int) -> np.ndarray:
+    """(A,) bool: the audited rows that a run trained on. Of a reported run, by the recorded ids."""
+    if kind == "shadow":
+        return inside(task, spec)[:, seed - FIRST_SEED]
+    return shadows.members(task.splits[POOL].ids, task.splits["train"].ids)
