@@ -98,7 +98,8 @@ def note(text: str) -> None:
 
 def study_command(args: list[str]) -> int:
     """Run the study of a config file, or a shard of it, and report it when all is finished."""
-    from jax_lowrank.config import Study, load_config
+    from jax_lowrank.config import Study
+    from jax_lowrank.config_file import load_config
     from jax_lowrank.workers import shard_of
 
     try:
@@ -144,7 +145,8 @@ def study_command(args: list[str]) -> int:
 
 def audit_command(args: list[str]) -> int:
     """The same few steps of a study on several meshes, beside other seeds."""
-    from jax_lowrank.config import ConfigError, load_config
+    from jax_lowrank.config import ConfigError
+    from jax_lowrank.config_file import load_config
 
     try:
         config, rest = split_target("audit-topology", "a config file", args)

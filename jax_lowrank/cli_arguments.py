@@ -21,7 +21,13 @@ def parse(kind: type, default: Any, args: list[str], prog: str, description: str
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            return tyro.cli(kind, default=default, args=args, prog=prog, description=description)
+            return tyro.cli(
+                tyro.conf.AvoidSubcommands[kind],
+                default=default,
+                args=args,
+                prog=prog,
+                description=description,
+            )
     except SystemExit as stop:
         cause = stop.__context__
         while cause is not None and not isinstance(cause, ConfigError):

@@ -41,7 +41,8 @@ class RunResult(NamedTuple):
       SPLIT/lens_mass (P, L+1) float32, probability of the harm words by layer; may be absent
       SPLIT/posterior_rows (Q,) int32, SPLIT/log_posterior (Q, V) float32, nats
     and neutral/nll (N,) float32 in nats, neutral/tokens (N,) int32.
-      Of a classification: validation/logits, test/logits (N, C) float32; of tuning runs too.
+      Of a classification: validation/logits, test/logits (N, C) float32; of tuning runs too. In an
+      audit of membership audited/logits (A, C), and audited/inside (A,) bool, the rows trained on.
     completions: SPLIT -> P lists of K texts.
     """
 

@@ -21,8 +21,8 @@ from jax_lowrank.config import (
     TaskSpec,
     TrainSpec,
     fingerprint,
-    load_config,
 )
+from jax_lowrank.config_file import load_config
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 LORA = MethodSpec("lora", (1e-3,), rank=8)

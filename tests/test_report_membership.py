@@ -75,7 +75,7 @@ def test_the_page_has_the_audit_and_shadows_are_no_reported_runs(study, audit):
     assert case.outputs["full fine-tuning"].seeds == (1, 2)
     table = (study[0] / "report" / "results.csv").read_text()
     assert "1000000" not in table
-    lines = list(csv.DictReader((study[0] / "report" / "membership.csv").open()))
+    lines = list(csv.DictReader((study[0] / "report" / "membership.csv").read_text().splitlines()))
     auc = [line for line in lines if line["metric"] == "auc" and not line["group"]]
     assert len(auc) == len(audit.rows) and len(lines) == 5 * len(audit.rows) + 2 * 3
     assert float(auc[0]["value"]) == pytest.approx(audit.rows[0].auc.value)

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from jax_lowrank import infer, models, results
 from jax_lowrank.adapt.method import bind
-from jax_lowrank.config import ConfigError, load_config
+from jax_lowrank.config import ConfigError
+from jax_lowrank.config_file import load_config
 from jax_lowrank.study import execute, prepare
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -12,7 +12,7 @@ from scipy.special import log_softmax
 from test_study import run, words
 
 from jax_lowrank import cli, models, results
-from jax_lowrank.config import load_config
+from jax_lowrank.config_file import load_config
 from jax_lowrank.evaluation import probabilities
 from jax_lowrank.study import classification
 from jax_lowrank.study.prepare import load_text

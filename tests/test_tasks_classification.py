@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jax_lowrank.config import load_config
+from jax_lowrank.config_file import load_config
 from jax_lowrank.tasks import grouped, readers, text_classification
 from jax_lowrank.tasks.task import TaskError
 

@@ -14,8 +14,10 @@ import numpy as np
 from scipy.special import log_softmax
 
 from jax_lowrank import data, infer, models, results, sharding, sweep, train
-from jax_lowrank.config import Study, nearest, require
+from jax_lowrank.config import Run, Study, nearest, require
 from jax_lowrank.evaluation import probabilities
+from jax_lowrank.study import membership
+from jax_lowrank.study.membership import POOL
 from jax_lowrank.study.parts import Examples, Kind, Prepared, Text
 from jax_lowrank.study.training import bind_to
 from jax_lowrank.sweep import score
@@ -126,17 +128,26 @@ def validate_all(
     return np.array([probabilities.nll(each, rows.labels).mean() for each in logits])
 
 
-def measure(p: Prepared, apply: Callable, states: tuple) -> tuple[dict, dict]:
-    """SPLIT/logits (N, C) float32 of the validation and test rows."""
+def measure(p: Prepared, run: Run, apply: Callable, states: tuple) -> tuple[dict, dict]:
+    """SPLIT/logits (N, C) float32 of the validation and test rows.
+
+    Of runs that an audit compares, of the audited rows too (shadows: instead of the test rows), and
+    audited/inside (N,) bool: those that the run was trained on.
+    """
     check_apart(p.task)
-    found = {}
-    for split in HELD_OUT:
+    splits, found = list(HELD_OUT), {}
+    if membership.is_audited(p.study, run):
+        splits = ["validation", POOL] if run.kind == "shadow" else [*splits, POOL]
+        found[f"{POOL}/inside"] = membership.known_to(p.task, p.study.membership, run)
+    for split in splits:
         found[f"{split}/logits"] = logits_of(p, apply, states, examples(p, split))
     return found, {}
 
 
 def summary(p: Prepared, record: dict, arrays: dict) -> str:
     """One line on a measured run."""
+    if record["kind"] == "shadow":
+        return f"validation loss {record['validation_loss']:.4f}"
     test = p.task.splits["test"]
     right = arrays["test/logits"].argmax(1) == test.labels
     rates = [
@@ -148,9 +159,10 @@ def summary(p: Prepared, record: dict, arrays: dict) -> str:
     return f"test accuracy {right.mean():.3f}{worst}{extra}"
 
 
-def measured(p: Prepared) -> tuple:
-    """What the outputs depend on besides model, data and training: nothing."""
-    return ()
+def measured(p: Prepared, run: Run) -> tuple:
+    """What the outputs depend on besides model, data and training: the audit, if it is in one."""
+    audit = p.study.membership
+    return (audit.protocol, audit.seed) if membership.is_audited(p.study, run) else ()
 
 
 def describe(p: Prepared) -> dict:
@@ -170,6 +182,7 @@ def describe(p: Prepared) -> dict:
                 "truncated": encoded(p.study, task, p.text, name).num_truncated,
             }
             for name, rows in task.splits.items()
+            if name in ("train", *HELD_OUT)
         },
     }
 
@@ -191,7 +204,7 @@ def answered(p: Prepared) -> dict | None:
 def rows(p: Prepared) -> dict[str, results.Rows]:
     """Ids, groups and classes of the held-out rows. Texts stay where the data are."""
     found = {}
-    for split in HELD_OUT:
+    for split in (*HELD_OUT, *([POOL] if p.study.membership else [])):
         part = p.task.splits[split]
         alone = np.arange(len(part.ids), dtype=np.int32)
         found[split] = results.Rows((), part.ids, alone, part.groups, part.labels)

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from jax_lowrank import data, infer, models, results, sweep, tasks, train
-from jax_lowrank.config import Study, require
+from jax_lowrank.config import Run, Study, require
 from jax_lowrank.study.parts import Examples, Kind, Prepared, Text
 from jax_lowrank.study.training import mean_nll, train_batches
 from jax_lowrank.sweep import score
@@ -73,7 +73,7 @@ def validate_all(
     return scored.nll.sum(1) / scored.tokens.sum()
 
 
-def measure(p: Prepared, apply: Callable, states) -> tuple[dict, dict]:
+def measure(p: Prepared, run: Run, apply: Callable, states) -> tuple[dict, dict]:
     """What a model does on the evaluation splits; see `results.RunResult` for the arrays."""
     e, arrays, completions = p.study.evaluate, {}, {}
     lens_ids = harm_token_ids(p)
@@ -162,7 +162,7 @@ def summary(p: Prepared, record: dict, arrays: dict) -> str:
     )
 
 
-def measured(p: Prepared) -> tuple:
+def measured(p: Prepared, run: Run) -> tuple:
     """What the outputs depend on besides model and data."""
     e = p.study.evaluate
     drawn = (e.samples_per_prompt, e.max_new_tokens, e.temperature, e.top_k, e.top_p, e.seed)

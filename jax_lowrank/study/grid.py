@@ -17,6 +17,7 @@ from jax_lowrank.checkpoint import Checkpoints
 from jax_lowrank.config import MethodSpec, Run, TrainSpec, fingerprint, plain
 from jax_lowrank.processes import once
 from jax_lowrank.progress import Progress
+from jax_lowrank.study import membership
 from jax_lowrank.study.packs import Packing, opened, tidy
 from jax_lowrank.study.parts import Examples, Prepared
 from jax_lowrank.study.schedule import Named, Schedule, needed, slots_of
@@ -53,20 +54,24 @@ def execute(
     describe(p)
     train_rows, held_out = (p.kind.examples(p, split) for split in ("train", "validation"))
     batches = p.kind.batches(p, train_rows, 0)
-    steps = {
-        spec.label: train.num_steps(batches, training_of(p.study.train, spec).epochs)
-        for spec in p.study.methods
-    }
+    batches_of = {"shadow": shadow_batches(p)} if p.study.membership else {}
+
+    def steps(kind: str, spec: MethodSpec) -> int:
+        epochs = training_of(p.study.train, spec).epochs
+        return train.num_steps(batches_of.get(kind, batches), epochs)
+
     slots = slots_of(p.study)
     mine = shard.part(slots)
     if shard.count > 1:
         note(f"shard {shard.index}/{shard.count}: {len(mine)} of {len(slots)} runs")
     base_apply = bind_to(p.model.graphdef, p.mesh)
-    trained = [p.study.methods[s.method] for s in needed(p.study, mine) if s.kind != "base"]
-    with Progress(sum(steps[spec.label] for spec in trained)) as progress:
+    trained = [slot for slot in needed(p.study, mine) if slot.kind != "base"]
+    total = sum(steps(slot.kind, p.study.methods[slot.method]) for slot in trained)
+    with Progress(total) as progress:
         shared = (train_rows, held_out, base_apply, progress)
         cells = {spec.label: Cell(p, spec, *shared, {}, curves) for spec in p.study.methods}
-        packing, stacked = Packing(p, tokens_of(batches), steps), {}
+        alone = {spec.label: steps("final", spec) for spec in p.study.methods}
+        packing, stacked = Packing(p, tokens_of(batches), alone), {}
 
         def make(named: list[Named]) -> list[dict]:
             (run, _), *others = named
@@ -82,7 +87,7 @@ def execute(
             run_fingerprint,
             packing if together else lambda named: [[one] for one in named],
             make,
-            lambda run: progress.skip(steps[run.label]) if run.method else None,
+            lambda run: progress.skip(steps(run.kind, run.method)) if run.method else None,
         )
         schedule.work(mine)
     once(lambda: tidy(p.out))
@@ -142,7 +147,7 @@ class Cell(NamedTuple):
     def run(self, run: Run) -> dict:
         """Do this run, from its newest checkpoint where there is one, and write it; its record."""
         p = self.prepared
-        batches = p.kind.batches(p, self.train_rows, run.seed)
+        batches = p.kind.batches(p, rows_of(p, run, self.train_rows), run.seed)
         one = self.start(run, batches)
         checkpoints = checkpoints_of(p, one.record["fingerprint"], self.progress.note)
         program = self.programs[one.graphdef]
@@ -196,10 +201,11 @@ class Cell(NamedTuple):
         if not tuning or p.kind.measures_tuning:
             began = time.perf_counter()
             trainable = sharding.put(fitted.trainable, p.mesh)
-            measured = p.kind.measure(p, *self.evaluated(program, trainable, frozen))
+            measured = p.kind.measure(p, run, *self.evaluated(program, trainable, frozen))
             record["seconds"]["evaluate"] = round(time.perf_counter() - began, 3)
         if not tuning:
             said = p.kind.summary(p, record, measured[0])
+        if run.kind == "final":
             weights = models.by_path(fitted.trainable)
         once(lambda: results.write_run(p.out, record, log, *measured, weights=weights))
         self.progress.note(f"{label}: {said}")
@@ -210,6 +216,20 @@ class Cell(NamedTuple):
         if dtypes(frozen) in ((), ("float32",)):
             return self.base_apply, (program.merge(trainable, frozen),)
         return program.apply, (trainable, frozen)
+
+
+def rows_of(p: Prepared, run: Run, train_rows: Examples) -> Examples:
+    """What a run trains on: the training rows, but a shadow its own."""
+    if run.kind != "shadow":
+        return train_rows
+    split, rows = membership.rows_of(p.task, p.study.membership, run.seed)
+    return p.kind.examples(p, split).take(rows)
+
+
+def shadow_batches(p: Prepared):
+    """The batches of the first shadow: all have as many."""
+    first = Run("shadow", None, None, membership.FIRST_SEED)
+    return p.kind.batches(p, rows_of(p, first, Examples(())), first.seed)
 
 
 def checkpoints_of(p: Prepared, name: str, note: Callable[[str], None]) -> Checkpoints:
@@ -229,8 +249,8 @@ def train_pack(
     specs = {label: cell.spec for label, cell in cells.items()}
     with opened(p.out, named, specs) as (pack, members):
         own = [cells[one.run.label] for one in members]
-        rows, held_out, progress = own[0].train_rows, own[0].held_out, own[0].progress
-        batches = p.kind.batches(p, rows, members[0].run.seed)
+        held_out, progress, first = own[0].held_out, own[0].progress, members[0].run
+        batches = p.kind.batches(p, rows_of(p, first, own[0].train_rows), first.seed)
         each = [cell.start(one.run, batches) for cell, one in zip(own, members)]
         trained = fit_pack(
             p.study.train,
@@ -275,7 +295,7 @@ def run_fingerprint(p: Prepared, run: Run) -> str:
     spec = training_of(p.study.train, run.method)
     parts = (run.kind, method, run.learning_rate, run.seed, spec, tokenizer)
     is_measured = run.kind != "tune" or p.kind.measures_tuning
-    measured = p.kind.measured(p) if is_measured else ()
+    measured = p.kind.measured(p, run) if is_measured else ()
     return fingerprint(parts, measured, hashes, provenance.code_hash())
 
 
@@ -304,10 +324,11 @@ def new_record(p: Prepared, run: Run, method: Method | None, trainable, frozen) 
 
 def run_base(p: Prepared, note: Callable) -> dict:
     """Measure the base model itself; its record."""
-    record = new_record(p, Run("base", None, None, None), None, (), p.model.params)
+    run = Run("base", None, None, None)
+    record = new_record(p, run, None, (), p.model.params)
     began = time.perf_counter()
     base_apply = bind_to(p.model.graphdef, p.mesh)
-    arrays, completions = p.kind.measure(p, base_apply, (p.model.params,))
+    arrays, completions = p.kind.measure(p, run, base_apply, (p.model.params,))
     record["seconds"]["evaluate"] = round(time.perf_counter() - began, 3)
     once(lambda: results.write_run(p.out, record, [], arrays, completions))
     note(f"base: {p.kind.summary(p, record, arrays)}")

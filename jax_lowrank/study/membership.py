@@ -10,13 +10,21 @@ from __future__ import annotations
 import numpy as np
 
 from jax_lowrank import shadows
-from jax_lowrank.config import MembershipSpec, require
+from jax_lowrank.config import MembershipSpec, Run, Study, require
 from jax_lowrank.tasks import Classification
 from jax_lowrank.tasks.grouped import Grouped, joined
 
 POOL = "audited"
 OTHERS = "shadows' own"
 FIRST_SEED = 1_000_000  # of the shadows: none is a reported run's
+
+
+def is_audited(study: Study, run: Run) -> bool:
+    """Whether an audit compares this run: a shadow, or a reported run of a method that has some."""
+    audit = study.membership
+    if audit is None or run.kind not in ("final", "shadow"):
+        return False
+    return not audit.methods or run.label in audit.methods
 
 
 def with_pool(task: Classification, spec: MembershipSpec) -> Classification:
@@ -30,8 +38,10 @@ def with_pool(task: Classification, spec: MembershipSpec) -> Classification:
     if spec.protocol == "published":
         number = min(number, len(test.ids) // 2)
         require(number >= 2, f"{len(test.ids)} test rows are too few to train shadows on as well")
-    chosen, rest = np.sort(order[:number]), np.sort(order[number:])
-    splits = {**task.splits, POOL: joined(train, test.take(chosen)), OTHERS: test.take(rest)}
+    pool = joined(train, test.take(np.sort(order[:number])))
+    splits = {**task.splits, POOL: pool}
+    if spec.protocol == "published":
+        splits[OTHERS] = test.take(np.sort(order[number:]))
     return task._replace(splits=splits)
 
 
@@ -53,8 +63,8 @@ def rows_of(task: Classification, spec: MembershipSpec, seed: int) -> tuple[str,
     return OTHERS, np.flatnonzero(taken[:, k])
 
 
-def known_to(task: Classification, spec: MembershipSpec, kind: str, seed: int) -> np.ndarray:
+def known_to(task: Classification, spec: MembershipSpec, run: Run) -> np.ndarray:
     """(A,) bool: the audited rows that a run trained on. Of a reported run, by the recorded ids."""
-    if kind == "shadow":
-        return inside(task, spec)[:, seed - FIRST_SEED]
+    if run.kind == "shadow":
+        return inside(task, spec)[:, run.seed - FIRST_SEED]
     return shadows.members(task.splits[POOL].ids, task.splits["train"].ids)

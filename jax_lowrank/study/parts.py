@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jax_lowrank import data, models, results, sweep
-from jax_lowrank.config import Study
+from jax_lowrank.config import Run, Study
 
 
 class Text(NamedTuple):
@@ -39,6 +39,11 @@ class Examples(NamedTuple):
     sequences: Sequence[Sequence[int]]
     labels: np.ndarray | None = None
 
+    def take(self, rows: np.ndarray) -> Examples:
+        """These rows, in this order."""
+        sequences = [self.sequences[row] for row in rows]
+        return Examples(sequences, None if self.labels is None else self.labels[rows])
+
 
 class Kind(NamedTuple):
     """What a study does in its own way for one kind of task, as pure functions of `Prepared`.
@@ -49,10 +54,10 @@ class Kind(NamedTuple):
     examples(p, split): rows to train or to validate on. batches(p, examples, seed); loss: of
     train.py. validate(p, apply, states, examples) -> nats, what learning rates and steps are chosen
     by; validate_all(p, program, states, examples): the same of a sweep's stacked models. measure(p,
-    apply, states) -> arrays and completions (`results.RunResult`), and `summary` of these in one
-    line; measures_tuning: also for the runs that choose a learning rate. measured(p): all that
-    `measure` depends on besides model and data. describe(p): its fields of study.json. rows(p):
-    what is stored of the evaluation rows, once for all runs.
+    run, apply, states) -> arrays and completions (`results.RunResult`), and `summary` of these in
+    one line; measures_tuning: also for the runs that choose a learning rate. measured(p, run): all
+    that `measure` depends on besides model and data. describe(p): its fields of study.json.
+    rows(p): what is stored of the evaluation rows, once for all runs.
     """
 
     name: str
@@ -66,10 +71,10 @@ class Kind(NamedTuple):
     loss: Callable
     validate: Callable[[Prepared, Callable, tuple, Examples], float]
     validate_all: Callable[[Prepared, sweep.Program, sweep.States, Examples], np.ndarray]
-    measure: Callable[[Prepared, Callable, tuple], tuple[dict, dict]]
+    measure: Callable[[Prepared, Run, Callable, tuple], tuple[dict, dict]]
     measures_tuning: bool
     summary: Callable[[Prepared, dict, dict], str]
-    measured: Callable[[Prepared], Any]
+    measured: Callable[[Prepared, Run], Any]
     describe: Callable[[Prepared], Mapping[str, Any]]
     rows: Callable[[Prepared], dict[str, results.Rows]]
 

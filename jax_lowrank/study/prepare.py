@@ -20,6 +20,7 @@ from jax_lowrank.checkpoint import Checkpoints
 from jax_lowrank.config import ConfigError, Study, fingerprint, nearest, require
 from jax_lowrank.processes import once
 from jax_lowrank.progress import Progress, clock
+from jax_lowrank.study import membership
 from jax_lowrank.study.kinds import kind_of
 from jax_lowrank.study.parts import Prepared, Text
 from jax_lowrank.study.training import fit, make_program, mean_nll, progress_log, train_batches
@@ -44,6 +45,9 @@ def prepare(
     check_batches(study, mesh)
     task = make_task(study)
     kind = kind_of(task)
+    if study.membership is not None:
+        require(kind.name == "classification", "membership: only classification can be audited")
+        task = membership.with_pool(task, study.membership)
     scorer = kind.scorer(study, task)
     dtype = param_dtype(study.model.dtype)
     if study.pretrain is None:

@@ -1,0 +1,56 @@
+"""Does LoRA remember its training rows less than full fine-tuning? LiRA on a real encoder.
+
+    jax-lowrank study configs/lira.py           (an estimate: 40 minutes on 2 CPU cores)
+    jax-lowrank study configs/lira.py:smoke     (an estimate: 3 minutes)
+    jax-lowrank study configs/lira.py:published   (offline, 16 shadows, as in arXiv 2405.17512)
+
+The membership part of arXiv 2405.17512, on HateXplain with all-MiniLM-L6-v2: LoRA r = 8 and full
+fine-tuning of 200 rows, two targets each. The attacks are asked about these rows and 200 test rows;
+every shadow trains on a random half of the 400, with its target's own method and learning rate.
+Four epochs, so that there is something to remember.
+
+Data and encoder: see hate_speech.py.
+"""
+
+import dataclasses
+import runpy
+from pathlib import Path
+
+from jax_lowrank.config import MembershipSpec, MethodSpec, Study
+
+HATE_SPEECH = runpy.run_path(str(Path(__file__).with_name("hate_speech.py")))
+METHODS = (
+    MethodSpec("lora", (1e-3, 3e-3), rank=8, alpha=16.0),
+    MethodSpec("full", (1e-4, 3e-4)),
+)
+
+
+def config() -> Study:
+    """64 LoRA shadows, 64 of full fine-tuning, online."""
+    return audited("lira", 200, MembershipSpec(shadows=64))
+
+
+def published() -> Study:
+    """16 shadows that know none of the audited rows."""
+    return audited("lira_published", 200, MembershipSpec(shadows=16, protocol="published"))
+
+
+def smoke() -> Study:
+    """Does it all run? Four shadows on 40 rows; finds nothing out."""
+    whole = audited("lira_smoke", 40, MembershipSpec(shadows=4))
+    methods = (dataclasses.replace(METHODS[0], learning_rates=(3e-3,)),)
+    train = dataclasses.replace(whole.train, epochs=1)
+    return dataclasses.replace(whole, methods=methods, train=train, seeds=(1,))
+
+
+def audited(name: str, rows: int, membership: MembershipSpec) -> Study:
+    """The hate-speech study of `rows` training rows, with an audit."""
+    study: Study = HATE_SPEECH["study"](
+        name,
+        methods=METHODS,
+        seeds=(1, 2),
+        rows={"validation_fraction": 0.05, "test_fraction": 0.5, "max_train": rows},
+        epochs=4,
+    )
+    question = "Does LoRA remember its training rows less than full fine-tuning does?"
+    return dataclasses.replace(study, question=question, membership=membership)
