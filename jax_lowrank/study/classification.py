@@ -146,8 +146,6 @@ def measure(p: Prepared, run: Run, apply: Callable, states: tuple) -> tuple[dict
 
 def summary(p: Prepared, record: dict, arrays: dict) -> str:
     """One line on a measured run."""
-    if record["kind"] == "shadow":
-        return f"validation loss {record['validation_loss']:.4f}"
     test = p.task.splits["test"]
     right = arrays["test/logits"].argmax(1) == test.labels
     rates = [

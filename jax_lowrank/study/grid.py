@@ -203,9 +203,8 @@ class Cell(NamedTuple):
             trainable = sharding.put(fitted.trainable, p.mesh)
             measured = p.kind.measure(p, run, *self.evaluated(program, trainable, frozen))
             record["seconds"]["evaluate"] = round(time.perf_counter() - began, 3)
-        if not tuning:
-            said = p.kind.summary(p, record, measured[0])
         if run.kind == "final":
+            said = p.kind.summary(p, record, measured[0])
             weights = models.by_path(fitted.trainable)
         once(lambda: results.write_run(p.out, record, log, *measured, weights=weights))
         self.progress.note(f"{label}: {said}")
