@@ -37,19 +37,24 @@ def published() -> Study:
 
 def smoke() -> Study:
     """Does it all run? Four shadows on 40 rows; finds nothing out."""
-    whole = audited("lira_smoke", 40, MembershipSpec(shadows=4))
+    whole = audited("lira_smoke", 40, MembershipSpec(shadows=4), max_rows=200)
     methods = (dataclasses.replace(METHODS[0], learning_rates=(3e-3,)),)
     train = dataclasses.replace(whole.train, epochs=1)
     return dataclasses.replace(whole, methods=methods, train=train, seeds=(1,))
 
 
-def audited(name: str, rows: int, membership: MembershipSpec) -> Study:
-    """The hate-speech study of `rows` training rows, with an audit."""
+def audited(name: str, rows: int, membership: MembershipSpec, max_rows: int = 0) -> Study:
+    """The hate-speech study of `rows` training rows, with an audit; max_rows: 0, all."""
     study: Study = HATE_SPEECH["study"](
         name,
         methods=METHODS,
         seeds=(1, 2),
-        rows={"validation_fraction": 0.05, "test_fraction": 0.5, "max_train": rows},
+        rows={
+            "validation_fraction": 0.05,
+            "test_fraction": 0.5,
+            "max_train": rows,
+            "max_rows": max_rows,
+        },
         epochs=4,
     )
     question = "Does LoRA remember its training rows less than full fine-tuning does?"
