@@ -14,7 +14,8 @@ from tiny import model_of
 
 from jax_lowrank import cli, memory, results
 from jax_lowrank.checkpoint import Checkpoints, Interrupted
-from jax_lowrank.config import MethodSpec, ModelSpec, Run, Study, TaskSpec, TrainSpec, load_config
+from jax_lowrank.config import MethodSpec, ModelSpec, Run, Study, TaskSpec, TrainSpec
+from jax_lowrank.config_file import load_config
 from jax_lowrank.study import execute, grid, packs, prepare
 from jax_lowrank.study.schedule import Named
 
