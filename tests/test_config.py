@@ -181,7 +181,8 @@ def test_fingerprint_changes_with_every_field():
         assert len(marks) > 4 and len(set(marks)) == len(marks)
     assert fingerprint("ab", "c") != fingerprint("a", "bc")
     # What no result depends on makes no run stale.
-    assert fingerprint(TrainSpec()) == fingerprint(TrainSpec(checkpoint_seconds=5.0))
+    free = TrainSpec(checkpoint_seconds=5.0, sweep_size=3)
+    assert fingerprint(TrainSpec()) == fingerprint(free)
 
 
 @pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.py")), ids=lambda file: file.name)
