@@ -7,7 +7,7 @@ short of rows; it is filled up with rows of weight 0.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -129,7 +129,6 @@ class Batches:
     pad_id: int
     counted: np.ndarray | None = None  # (total,) bool: whose prediction has weight; None: all
     own: np.ndarray | None = None  # which rows of a batch are made here; None: all `batch_size`
-    step_seed: int | None = None  # of the order of an epoch's batches; None: `seed`
     _memo: dict[int, _Plan] = field(
         default_factory=dict, repr=False
     )  # the newest epoch's plan, to save time only
@@ -167,27 +166,6 @@ class Batches:
         epoch, step = self._place(t)
         return int(self._plan(epoch).widths[step])
 
-    def subset(self, rows: np.ndarray, seed: int) -> "Batches":
-        """Batches over these sequences, with the same widths and a seed of their own.
-
-        Subsets of one size have wide and narrow batches at about the same steps, so that several of
-        them can be trained on side by side (see sweep.OwnBatches) with little padding.
-        """
-        parts = [slice(self.starts[row], self.starts[row + 1]) for row in rows]
-        lengths = np.diff(self.starts)[rows]
-        return replace(
-            self,
-            tokens=np.concatenate([self.tokens[part] for part in parts]),
-            starts=np.concatenate([[0], np.cumsum(lengths)]),
-            buckets=self.buckets[rows],
-            counted=self.counted
-            if self.counted is None
-            else np.concatenate([self.counted[part] for part in parts]),
-            seed=seed,
-            step_seed=self.seed,
-            _memo={},
-        )
-
     def padding_fraction(self) -> float:
         """Share of an epoch's cells that hold no token, rows that only fill up included; in [0, 1),
         0 is ideal.
@@ -218,8 +196,6 @@ class Batches:
         rows[: len(order)] = order
         rows = rows.reshape(self.steps_per_epoch, self.batch_size)
         widths = np.asarray(self.widths, np.int32)[self.buckets[rows[:, 0]]]
-        if self.step_seed is not None:
-            rng = np.random.default_rng([self.step_seed, epoch])
         steps = rng.permutation(self.steps_per_epoch)
         return _Plan(rows[steps], widths[steps])
 
@@ -293,10 +269,6 @@ class LabelledBatches:
     def width(self, t: int) -> int:
         """S of batch t."""
         return self.rows.width(t)
-
-    def subset(self, rows: np.ndarray, seed: int) -> "LabelledBatches":
-        """See Batches.subset."""
-        return LabelledBatches(self.rows.subset(rows, seed), self.labels[rows])
 
     def padding_fraction(self) -> float:
         """Share of an epoch's cells that hold no token."""

@@ -42,7 +42,7 @@ ALLOWED = {
     "train": ("adapt.method", "sharding", "checkpoint", "data"),
     "infer": ("adapt.method", "sharding", "checkpoint", "data", "masking"),
     "sweep": ("sweep", "train", "infer", "adapt", "checkpoint"),
-    "shadows": ("sweep", "train", "adapt", "data"),
+    "shadows": (),
     "config_file": ("config",),
     "config_run": ("config",),
     "study": ("",),

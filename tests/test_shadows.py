@@ -1,17 +1,20 @@
 """Shadow models: who trains on what, and attacks on targets whose membership is known."""
 
 import functools
+import itertools
 
 import jax
 import numpy as np
 import pytest
 from tiny import model_of
 
-from jax_lowrank import models, shadows
+from jax_lowrank import models, shadows, sweep, train
 from jax_lowrank.adapt import METHODS
 from jax_lowrank.data import LabelledBatches, make_batches
 from jax_lowrank.evaluation import membership
 from jax_lowrank.models.head import Head
+from jax_lowrank.sweep import score
+from jax_lowrank.sweep.cells import stack
 
 
 def test_halves_are_balanced_in_both_directions():
@@ -42,10 +45,39 @@ def test_membership_comes_from_the_recorded_ids():
 AUDITED, SHADOWS, CLASSES = 80, 8, 20
 
 
+@functools.cache
 def classifier():
     """The tiny GPT-2 with a fresh head of 20 classes: a guess is seldom right."""
     head = Head("classification", tuple(map(str, range(CLASSES))))
     return models.create("gpt2", model_of("gpt2").config, jax.random.key(7), head=head)
+
+
+def trained(sequences, labels, taken):
+    """Class logits (K, N, C) of K models, full fine-tuning, each of the rows `taken` (N, K) says,
+    side by side in a sweep."""
+    method, cells, each = METHODS["full"](), [], []
+    for k, column in enumerate(taken.T):
+        rows = np.flatnonzero(column)
+        batches = make_batches(
+            [sequences[row] for row in rows], batch_size=10, seed=1 + k, pad_id=0, least=1
+        )
+        each.append(LabelledBatches(batches, labels[rows]))
+        key = jax.random.key(k)
+        steps = train.num_steps(each[k], 60)
+        schedule = train.make_schedule(3e-3, steps, 0.05, "cosine")
+        cells.append(sweep.Cell(method, *method.split(key, classifier()), schedule, key, 0.0, 1.0))
+    program, falling = sweep.make_program(cells[0], train.classification_loss), itertools.count()
+    found = sweep.fit(
+        program=program,
+        cells=cells,
+        batches=sweep.OwnBatches(each),
+        validate=lambda states: [-next(falling)] * len(cells),  # the last state is the best
+        log=lambda k, line: None,
+        steps_per_call=40,
+    )
+    cells = [cell._replace(trainable=one.trainable) for cell, one in zip(cells, found)]
+    states = stack(program, cells).states
+    return score.classify(program, states, sequences, batch_size=64, pad_id=0)
 
 
 @functools.cache
@@ -56,17 +88,12 @@ def audit():
     rng = np.random.default_rng(0)
     sequences = [rng.integers(0, 97, n).tolist() for n in rng.integers(6, 9, AUDITED + 40)]
     labels = rng.integers(0, CLASSES, AUDITED + 40).astype(np.int32)
-    rows = make_batches(sequences, batch_size=10, seed=0, pad_id=0, least=1)
     taken = np.zeros((AUDITED + 40, SHADOWS + 2), bool)
     taken[:AUDITED, :SHADOWS] = shadows.halves(AUDITED, SHADOWS, seed=0)
     taken[:AUDITED, SHADOWS] = shadows.halves(AUDITED, 2, seed=9)[:, 0]
     taken[AUDITED:, SHADOWS + 1] = True
-    recipe = shadows.Recipe(METHODS["full"](), epochs=60, peak=3e-3, steps_per_call=40)
-    found = shadows.train_shadows(
-        recipe, classifier(), LabelledBatches(rows, labels), taken, sequences[:AUDITED], seed=0
-    )
-    assert not found.diverged
-    margins = np.stack([membership.margin(one, labels[:AUDITED]) for one in found.logits], 1)
+    logits = trained(sequences, labels, taken)[:, :AUDITED]
+    margins = np.stack([membership.margin(one, labels[:AUDITED]) for one in logits], 1)
     return margins, taken[:AUDITED]
 
 
@@ -100,17 +127,3 @@ def test_shuffled_membership_gives_chance():
     member = np.random.default_rng(1).permutation(taken[:, SHADOWS])
     found = attacked(SHADOWS, member)
     assert found.low < 0.5 < found.high, found
-
-
-def test_a_subset_keeps_widths_and_shows_every_row_once():
-    rng = np.random.default_rng(0)
-    sequences = [[i] * n for i, n in enumerate(rng.integers(3, 60, 50))]
-    whole = make_batches(sequences, batch_size=4, seed=3, pad_id=0)
-    parts = [whole.subset(rng.permutation(50)[:25], seed) for seed in (1, 2)]
-    for part in parts:
-        assert part.widths == whole.widths and part.steps_per_epoch == 7
-        shown = np.concatenate([part.rows(t) for t in range(7)])
-        assert sorted(shown[shown >= 0]) == list(range(25))
-    wide = [[part.width(t) for t in range(7)] for part in parts]
-    together = sum(map(max, zip(*wide))) / np.mean([sum(w) for w in wide])
-    assert len(whole.widths) > 2 and together < 1.25, (wide, together)
