@@ -5,9 +5,8 @@
     jax-lowrank study configs/lira.py:published   (offline, 16 shadows, as in arXiv 2405.17512)
 
 The membership part of arXiv 2405.17512, on HateXplain with all-MiniLM-L6-v2: LoRA r = 8 and full
-fine-tuning of 200 rows, two targets each. The attacks are asked about these rows and 200 test rows;
-every shadow trains on a random half of the 400, with its target's own method and learning rate.
-Four epochs, so that there is something to remember.
+fine-tuning of 96 rows, four targets each. The attacks are asked about these rows and 96 test rows;
+every shadow trains on a random half of the 192, with its target's own method and learning rate.
 
 Data and encoder: see hate_speech.py.
 """
@@ -27,12 +26,12 @@ METHODS = (
 
 def config() -> Study:
     """64 LoRA shadows, 64 of full fine-tuning, online."""
-    return audited("lira", 200, MembershipSpec(shadows=64))
+    return audited("lira", 96, MembershipSpec(shadows=64))
 
 
 def published() -> Study:
     """16 shadows that know none of the audited rows."""
-    return audited("lira_published", 200, MembershipSpec(shadows=16, protocol="published"))
+    return audited("lira_published", 96, MembershipSpec(shadows=16, protocol="published"))
 
 
 def smoke() -> Study:
@@ -48,14 +47,15 @@ def audited(name: str, rows: int, membership: MembershipSpec, max_rows: int = 0)
     study: Study = HATE_SPEECH["study"](
         name,
         methods=METHODS,
-        seeds=(1, 2),
+        seeds=(1, 2, 3, 4),
         rows={
-            "validation_fraction": 0.05,
+            "validation_fraction": 0.025,
             "test_fraction": 0.5,
             "max_train": rows,
             "max_rows": max_rows,
         },
-        epochs=4,
+        epochs=3,
     )
+    train = dataclasses.replace(study.train, max_length=48)
     question = "Does LoRA remember its training rows less than full fine-tuning does?"
-    return dataclasses.replace(study, question=question, membership=membership)
+    return dataclasses.replace(study, question=question, train=train, membership=membership)

@@ -8,17 +8,24 @@ float64. An error of 0 is ideal but not what a calibrated model shows: the small
 larger the error by chance alone (0.13 with 100 rows in 15 bins), so read it beside `perfect`.
 """
 
-from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
 from scipy import sparse
 from scipy.special import bdtrik, gammaln, stdtr, stdtrit, xlog1py, xlogy
 
-from jax_lowrank.evaluation.intervals import checked_level, divide, membership
+from jax_lowrank.evaluation.intervals import (
+    checked_level,
+    divide,
+    is_binary,
+    membership,
+    threaded,
+)
 
 DRAWS = 200  # of each bin's noise behind `limits`
 STEPS = 12  # bisections there
+BLOCK = 20  # draws that are computed at once
+STREAM = 50  # draws of `perfect` from one generator
 MOST_ERRORS = 6.0  # standard errors by which a bin's true deviation may pass the observed one
 
 
@@ -102,27 +109,30 @@ def bins(
     p = 1 a bin of its own. ValueError for NaN and for p outside [0, 1]: logits are not guessed.
     """
     groups, p = membership(groups), checked_probabilities(p)
-    y = np.broadcast_to(np.asarray(y), p.shape)
+    y = np.asarray(y)
     if p.shape[-1:] != groups.shape[:1]:
         raise ValueError(f"p {p.shape} must end in the rows of groups {groups.shape}")
-    if not np.isin(y, (0, 1)).all():
+    if not is_binary(y):
         raise ValueError("y must be 0 or 1: whether the event that p speaks of happened")
     if num_bins < 1 or scheme not in ("width", "mass"):
         raise ValueError(f"need num_bins >= 1 and scheme 'width' or 'mass', not {num_bins, scheme}")
     weights = np.ones(len(groups)) if weights is None else np.asarray(weights, np.float64)
     size = num_bins + (compat == "torchmetrics")
-    row, column = np.nonzero(groups)
+    column, row = np.nonzero(groups.T)  # group by group
     shape = (groups.shape[1], size, 2)
-    runs = []
-    for chance, event in zip(p.reshape(-1, len(groups)), y.reshape(-1, len(groups))):
+
+    def sums_of(chance: np.ndarray, event: np.ndarray) -> list[np.ndarray]:
         if scheme == "width":
             index = _equal_width(chance, num_bins, compat)[row]
         else:
-            index = _equal_mass(chance, groups, num_bins)[row, column]
+            index = _equal_mass(chance[row], groups.sum(0), num_bins)
         place = (column * size + index) * 2 + event[row].astype(int)
         p_row, w_row = chance.astype(np.float64)[row], weights[row]
         sums = (None, w_row, w_row * p_row, w_row**2 * p_row * (1 - p_row))
-        runs.append([np.bincount(place, s, np.prod(shape)).reshape(shape) for s in sums])
+        return [np.bincount(place, s, np.prod(shape)).reshape(shape) for s in sums]
+
+    events = np.broadcast_to(y, p.shape).reshape(-1, len(groups))
+    runs = threaded(sums_of, p.reshape(-1, len(groups)), events)
     rows, weight, total, variance = (
         np.stack(part).reshape(*p.shape[:-1], *shape) for part in zip(*runs)
     )
@@ -181,15 +191,21 @@ def perfect(found: Bins, norm: float = 1, *, num_draws: int = 500, seed: int = 0
     binomial = rows * mean * (1 - mean)
     scale = np.sqrt(divide(found.variance, binomial))
     scale = np.where(np.isnan(scale), 0.0, scale)
-    rng, p = np.random.default_rng(seed), np.nan_to_num(mean)
+    p = np.nan_to_num(mean)
     observed = calibration_error(found, norm)
-    hits, total = np.zeros(observed.shape), np.zeros(observed.shape)
-    for _ in range(num_draws):
-        noise = np.abs(rng.binomial(rows, p) - rows * p) * scale
-        drawn = _norm(divide(noise, weight), weight, norm)
-        hits += drawn >= observed - 1e-12
-        total += drawn
-    expected = total / num_draws
+
+    def drawn(rng, number: int) -> np.ndarray:
+        """Errors (..., G, number): draws of one bin lie side by side, which is fast."""
+        hits = rng.binomial(rows[..., None], p[..., None], (*rows.shape, number))
+        noise = np.abs(hits - (rows * p)[..., None]) * scale[..., None]
+        weights = np.broadcast_to(weight[..., None], noise.shape)
+        return _norm(divide(noise, weights), weights, norm, axis=-2)
+
+    sizes = [min(STREAM, num_draws - start) for start in range(0, num_draws, STREAM)]
+    streams = np.random.default_rng(seed).spawn(len(sizes))
+    errors = np.concatenate(threaded(drawn, streams, sizes), -1)
+    hits = (errors >= observed[..., None] - 1e-12).sum(-1)
+    expected = errors.mean(-1)
     if norm == 1:
         expected = divide((_mean_deviation(rows, p) * scale).sum(-1), weight.sum(-1))
     undefined = np.where(np.isnan(observed), np.nan, 0.0)
@@ -216,6 +232,7 @@ def limits(found: Bins, norm: float = 1, *, level: float = 0.95, seed: int = 0) 
     observed = calibration_error(found, norm)
     rng, ones = np.random.default_rng(seed), (1,) * observed.ndim
     noise = rng.standard_normal((DRAWS, rows.shape[-1], *ones))
+    blocks = np.split(noise, DRAWS // BLOCK)
 
     def first(values: np.ndarray) -> np.ndarray:
         """Bins first, where sums over them are fast."""
@@ -226,8 +243,8 @@ def limits(found: Bins, norm: float = 1, *, level: float = 0.95, seed: int = 0) 
     def spread(gap: np.ndarray) -> np.ndarray:
         gap = np.abs(gap)
         if np.isinf(norm):
-            return np.where(part > 0, gap, 0 * part).max(0)
-        return (part * (gap if norm == 1 else gap**norm)).sum(0) ** (1 / norm)
+            return np.where(part > 0, gap, 0 * part).max(1)
+        return (part * (gap if norm == 1 else gap**norm)).sum(1) ** (1 / norm)
 
     def chance(t: np.ndarray) -> np.ndarray:
         size = np.maximum(np.abs(excess) + t[..., None] * unit, 0.0)
@@ -236,7 +253,7 @@ def limits(found: Bins, norm: float = 1, *, level: float = 0.95, seed: int = 0) 
     def quantile(t: np.ndarray, share: float) -> np.ndarray:
         true = chance(t)
         shift, error = first(true - mean), first(np.sqrt(true * (1 - true) / effective))
-        drawn = np.array([spread(shift + error * z) for z in noise])
+        drawn = np.concatenate([spread(shift + error * z) for z in blocks])
         return np.quantile(drawn, share, axis=0)
 
     def error_at(share: float) -> np.ndarray:
@@ -247,7 +264,7 @@ def limits(found: Bins, norm: float = 1, *, level: float = 0.95, seed: int = 0) 
             low, high = np.where(above, low, middle), np.where(above, middle, high)
         return _norm(np.abs(chance(low) - mean), weight, norm)
 
-    return Limits(*[error_at(share) for share in (0.5, 1 - tail, tail)])
+    return Limits(*threaded(error_at, (0.5, 1 - tail, tail)))
 
 
 def reliability(found: Bins, level: float = 0.95) -> Reliability:
@@ -341,14 +358,16 @@ def _equal_width(p: np.ndarray, num_bins: int, compat: str | None) -> np.ndarray
     raise ValueError(f"compat must be None, 'netcal' or 'torchmetrics', not {compat!r}")
 
 
-def _equal_mass(p: np.ndarray, groups: np.ndarray, num_bins: int) -> np.ndarray:
-    """Bin (N, G) of each row in each of its groups."""
-    index = np.zeros(groups.shape, int)
-    for g in range(groups.shape[1]):
-        inside = p[groups[:, g]]
-        parts = [part for part in np.array_split(np.sort(inside), num_bins) if part.size]
-        cuts = np.unique([(one[-1] + two[0]) / 2 for one, two in pairwise(parts)])
-        index[groups[:, g], g] = np.searchsorted(cuts, inside, side="left")
+def _equal_mass(p: np.ndarray, sizes: np.ndarray, num_bins: int) -> np.ndarray:
+    """Bin (M,) of p (M,), the rows of one group after the other, of these sizes."""
+    index, parts = np.empty(p.size, int), np.arange(1, num_bins)
+    for stop, size in zip(np.cumsum(sizes), sizes):
+        inside = p[stop - size : stop]
+        ordered = np.sort(inside)
+        ends = parts * (size // num_bins) + np.minimum(parts, size % num_bins)
+        ends = ends[ends < size]
+        cuts = np.unique((ordered[ends - 1] + ordered[ends]) / 2)
+        index[stop - size : stop] = np.searchsorted(cuts, inside, side="left")
     return index
 
 
@@ -366,14 +385,15 @@ def _errors(p, y, groups, num_bins: int, weights) -> np.ndarray:
     return np.abs(weights @ excess).reshape(len(weights), -1, num_bins).sum(-1)
 
 
-def _norm(gap: np.ndarray, weight: np.ndarray, norm: float) -> np.ndarray:
+def _norm(gap: np.ndarray, weight: np.ndarray, norm: float, axis: int = -1) -> np.ndarray:
+    """Over the bins, which lie along `axis`."""
     gap = np.where(weight > 0, gap, 0.0)
-    total = weight.sum(-1)
+    total = weight.sum(axis)
     if np.isinf(norm):
-        return np.where(total > 0, gap.max(-1), np.nan)
+        return np.where(total > 0, gap.max(axis), np.nan)
     if norm == 1:
-        return divide((weight * gap).sum(-1), total)
-    return divide((weight * gap**norm).sum(-1), total) ** (1 / norm)
+        return divide((weight * gap).sum(axis), total)
+    return divide((weight * gap**norm).sum(axis), total) ** (1 / norm)
 
 
 def _mean_deviation(n: np.ndarray, p: np.ndarray) -> np.ndarray:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy import sparse
 
-from jax_lowrank.evaluation.intervals import CHUNK, cluster_index
+from jax_lowrank.evaluation.intervals import CHUNK, cluster_index, threaded
 
 
 class Cells(NamedTuple):
@@ -79,12 +79,11 @@ def resample(
     statistics: takes tables (b, R, G + 1, C, C) and returns (b, ...); it is called on chunks of the
     resamples. As many units are drawn, with replacement, as there are.
     """
-    rng = np.random.default_rng(seed)
 
-    def draw(size: int) -> np.ndarray:
+    def draw(rng, size: int) -> np.ndarray:
         return tables(cells, cells.sums @ _draw(rng, cells.counts, size))
 
-    return _in_chunks(cells, draw, statistics, num_resamples)
+    return _in_chunks(cells, draw, statistics, num_resamples, seed)
 
 
 def swap(
@@ -95,23 +94,27 @@ def swap(
     Runs are two methods under the same seeds, method by method. A unit swaps in all seeds at once,
     with probability 1/2: the null that the methods are interchangeable on every unit.
     """
-    rng, half = np.random.default_rng(seed), cells.shape[0] // 2
+    half = cells.shape[0] // 2
 
-    def draw(size: int) -> np.ndarray:
+    def draw(rng, size: int) -> np.ndarray:
         swapped = rng.binomial(cells.counts[:, None], 0.5, (cells.counts.size, size))
         moved = tables(cells, cells.sums @ swapped.astype(np.float64))
         kept = tables(cells, cells.sums @ (cells.counts[:, None] - swapped).astype(np.float64))
         return kept + np.concatenate([moved[half:], moved[:half]])
 
-    return _in_chunks(cells, draw, statistics, num_swaps)
+    return _in_chunks(cells, draw, statistics, num_swaps, seed)
 
 
-def _in_chunks(cells: Cells, draw, statistics, number: int) -> np.ndarray:
-    """Statistics of `number` tables drawn with their replicates last."""
+def _in_chunks(cells: Cells, draw, statistics, number: int, seed: int) -> np.ndarray:
+    """Statistics of `number` tables drawn with their replicates last, chunks side by side."""
     per_replicate = max(cells.sums.shape[0] * cells.shape[2], cells.counts.size, 1)
     step = max(1, min(number, CHUNK // per_replicate))
     sizes = [min(step, number - start) for start in range(0, number, step)]
-    return np.concatenate([statistics(np.moveaxis(draw(size), -1, 0)) for size in sizes])
+
+    def work(rng, size: int) -> np.ndarray:
+        return statistics(np.moveaxis(draw(rng, size), -1, 0))
+
+    return np.concatenate(threaded(work, np.random.default_rng(seed).spawn(len(sizes)), sizes))
 
 
 def percentiles(replicates: np.ndarray, level: float) -> tuple[np.ndarray, np.ndarray]:

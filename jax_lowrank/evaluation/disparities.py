@@ -166,20 +166,23 @@ def band(rate: np.ndarray, replicates: np.ndarray, overall=None, kind: str = "di
         if (value <= 0).any() or (draws <= 0).any():
             return Band(none, none, none, "a rate of 0, here or in a resample, has no logarithm")
         value, draws = np.log(value), np.log(draws)
-    away = draws - value
-    defined = away[~np.isnan(away).any(1)]  # a resample can leave a small group without rows
-    if len(defined) < 2:
+    away = (draws - value).T.copy()  # (F, B): sums over resamples are fast
+    whole = ~np.isnan(away).any(0)  # a resample can leave a small group without rows
+    if whole.sum() < 2:
         return Band(none, none, none, "no resample holds rows of every group")
     if kind == "worst":
-        error = defined.std(0)
+        error = away[:, whole].std(1)
         return Band(value, error, _deviation(away, error), "")
-    one, two = np.triu_indices(value.size, 1)
-    if overall is not None:
-        one, two = np.arange(value.size - 1), np.full(value.size - 1, value.size - 1)
-    covariance = np.cov(defined.T, ddof=0)
-    variance = covariance[one, one] + covariance[two, two] - 2 * covariance[one, two]
-    error = np.sqrt(np.where(variance > 1e-15, variance, 0.0))
-    return Band(value[one] - value[two], error, _deviation(away[:, one] - away[:, two], error), "")
+    gaps, errors, deviation = [], [], np.zeros(len(draws))
+    for i in range(value.size - 1):
+        others = slice(-1, None) if overall is not None else slice(i + 1, None)
+        apart = away[i] - away[others]
+        variance = (apart if whole.all() else apart[:, whole]).var(1)
+        error = np.sqrt(np.where(variance > 1e-15, variance, 0.0))
+        gaps.append(value[i] - value[others])
+        errors.append(error)
+        deviation = np.maximum(deviation, _deviation(apart, error))
+    return Band(np.concatenate(gaps), np.concatenate(errors), deviation, "")
 
 
 def joined_limits(
@@ -261,11 +264,9 @@ def _of_two(found, rates, compat) -> np.ndarray:
 
 
 def _deviation(away: np.ndarray, error: np.ndarray) -> np.ndarray:
-    """Largest standardised deviation (B,) of each resample."""
-    scale = np.divide(1.0, error, out=np.zeros_like(error), where=error > 0)
-    np.abs(away, out=away)
-    away *= scale
-    return away.max(axis=1)
+    """Largest standardised deviation (B,) of each resample; away (F, B) is overwritten."""
+    away *= np.divide(1.0, error, out=np.zeros_like(error), where=error > 0)[:, None]
+    return np.abs(away, out=away).max(0)
 
 
 def _ends(values: np.ndarray, half: np.ndarray, kind: str) -> tuple[float, float]:

@@ -5,7 +5,9 @@ names the cluster of each item, e.g. its template (items of one template are not
 makes each item its own cluster. Rates are in [0, 1]; limits are two-sided at `level`.
 """
 
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
@@ -207,10 +209,24 @@ def cluster_index(clusters: Sequence | None, num_items: int) -> np.ndarray:
 def membership(groups) -> np.ndarray:
     """Checks an (N, G) membership matrix and returns it as bool; columns may overlap."""
     groups = np.asarray(groups)
-    if groups.ndim != 2 or not np.isin(groups, (0, 1)).all():
+    if groups.ndim != 2 or not is_binary(groups):
         shown = f"shape {groups.shape}, dtype {groups.dtype}"
         raise ValueError(f"groups must be an (N, G) boolean membership matrix, not {shown}")
     return groups.astype(bool)
+
+
+def is_binary(values: np.ndarray) -> bool:
+    """Whether every value is 0 or 1 (or a bool)."""
+    return values.dtype == bool or bool(((values == 0) | (values == 1)).all())
+
+
+def threaded(work: Callable, *items: Iterable) -> list:
+    """work of each of `items`, in order; numpy lets go of the interpreter in its long loops.
+
+    What comes out must not depend on the order of execution: give each call its own generator.
+    """
+    with ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
+        return list(pool.map(work, *items))
 
 
 def seed_note(num_seeds: int) -> str:

@@ -6,13 +6,12 @@ rows' negatives (BNSP, low where its positives score too low). Ties count one ha
 DeLong's (1988) on the logit scale, rows independent. 1 is ideal, 0.5 is chance.
 """
 
-from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
 from scipy.special import expit, logit, ndtri
 
-from jax_lowrank.evaluation.intervals import checked_level, divide, membership
+from jax_lowrank.evaluation.intervals import checked_level, divide, is_binary, membership, threaded
 
 
 class Auc(NamedTuple):
@@ -49,18 +48,15 @@ def bias_aucs(
     if scores.shape[-1:] != labels.shape or labels.shape != groups.shape[:1]:
         shapes = f"{scores.shape}, {labels.shape} and {groups.shape}"
         raise ValueError(f"scores, labels, groups must be (..., N), (N,), (N, G), not {shapes}")
-    if not np.isin(labels, (0, 1)).all() or np.isnan(scores).any():
+    if not is_binary(labels) or np.isnan(scores).any():
         raise ValueError("labels must be 0 or 1 and scores must not be NaN")
     weights = np.ones(labels.size) if weights is None else np.asarray(weights, np.float64)
     labels = labels.astype(int)
     numbers = np.stack([np.bincount(labels[column], minlength=2) for column in groups.T])
     everyone = np.bincount(labels, minlength=2)
-    with ThreadPoolExecutor() as pool:  # numpy lets go of the interpreter in its long loops
-        runs = list(
-            pool.map(
-                lambda run: _run(run, labels, groups, weights), scores.reshape(-1, labels.size)
-            )
-        )
+    column, row = np.nonzero(groups.T)
+    parts = (labels, weights, row, column, groups.shape[1])
+    runs = threaded(lambda run: _run(run, *parts), scores.reshape(-1, labels.size))
     found = np.reshape(runs, (*scores.shape[:-1], -1, 3, 2))
     others = everyone - numbers
     sizes = {
@@ -98,51 +94,73 @@ def bias_score(found: BiasAucs, power: float = -5.0, defined_only: bool = False)
     return (found.overall.auc + sum(means)) / 4
 
 
-def _run(scores, labels, groups, weights) -> list:
-    """AUC and error of (subgroup, bpsn, bnsp) of every group; in the last place of all rows.
+def _run(scores, labels, weights, row, column, num_groups: int) -> np.ndarray:
+    """AUC and error (G + 1, 3, 2) of (subgroup, bpsn, bnsp) of every group; last, of all rows.
 
-    What lies between two scores of a group is one step for it, so that a group costs its own rows.
+    row, column: the places of a membership matrix, column by column. What lies between two scores
+    of a group is one step for it, so that a group costs its own rows; the steps of all groups lie
+    one after the other.
     """
     values, rank = np.unique(scores, return_inverse=True)
-
-    def histogram(at, rows, size) -> np.ndarray:
-        """Weights and squared weights (2, 2, size) by label of rows at these places."""
-        place = at + size * labels[rows]
-        sums = [np.bincount(place, weights[rows] ** power, 2 * size) for power in (1, 2)]
-        return np.reshape(sums, (2, 2, size))
-
-    every = histogram(rank, slice(None), values.size)
+    every = _histogram(rank, values.size, labels, weights)
     below = np.concatenate([np.zeros((2, 2, 1)), every.cumsum(-1)], axis=-1)
-    found = []
-    for column in groups.T:
-        rows = np.flatnonzero(column)
-        own, at = np.unique(rank[rows], return_inverse=True)
-        ends = np.concatenate([[0], np.stack([own, own + 1], 1).ravel(), [values.size]])
-        inside = np.zeros((2, 2, ends.size - 1))
-        inside[..., 1::2] = histogram(at, rows, own.size)[..., : (ends.size - 1) // 2]
-        rest = np.maximum(np.diff(below[..., ends]) - inside, 0.0)
-        pairs = ((inside, inside), (rest, inside), (inside, rest))
-        found.append([_auc(one[:, 1], two[:, 0]) for one, two in pairs])
-    return [*found, [_auc(every[:, 1], every[:, 0])] * 3]
+    keys, own = np.unique(column * values.size + rank[row], return_inverse=True)
+    group, score = np.divmod(keys, values.size)
+    # A group's steps: up to its lowest score, that score, up to its next one, ..., above its last.
+    place = 2 * np.arange(keys.size) + group + 1
+    size = 2 * keys.size + num_groups
+    start, stop = np.zeros(size, int), np.full(size, values.size)
+    start[place], stop[place] = score, score + 1
+    start[place + 1], stop[place - 1] = score + 1, score
+    inside = np.zeros((2, 2, size))
+    inside[..., place] = _histogram(own, keys.size, labels[row], weights[row])
+    rest = np.maximum(below[..., stop] - below[..., start] - inside, 0.0)
+    lengths = 2 * np.bincount(group, minlength=num_groups) + 1
+    pairs = ((inside, inside), (rest, inside), (inside, rest))
+    found = np.stack([_aucs(one[:, 1], two[:, 0], lengths) for one, two in pairs], 1)
+    overall = _aucs(every[:, 1], every[:, 0], np.array([values.size]))
+    return np.concatenate([found, np.repeat(overall[:, None], 3, 1)])
 
 
-def _auc(positives: np.ndarray, negatives: np.ndarray) -> tuple[float, float]:
-    """AUC and its standard error from weights and squared weights (2, U) at each distinct score."""
+def _histogram(at: np.ndarray, size: int, labels: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Weights and squared weights (2, 2, size) by label of rows at these places."""
+    place = at + size * labels
+    sums = [np.bincount(place, weights**power, 2 * size) for power in (1, 2)]
+    return np.reshape(sums, (2, 2, size))
+
+
+def _aucs(positives: np.ndarray, negatives: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """AUCs and their standard errors (G, 2) from weights and squared weights (2, U) by score.
+
+    G parts lie one after the other in U, of these lengths, each in the order of its scores.
+    """
     (high, high_squares), (low, low_squares) = positives, negatives
-    total_high, total_low = high.sum(), low.sum()
-    if total_high <= 0 or total_low <= 0:
-        return np.nan, np.nan
-    beaten = (np.cumsum(low) - low / 2) / total_low  # share of negatives below each score
-    beating = 1 - (np.cumsum(high) - high / 2) / total_high
-    auc = high @ beaten / total_high
-    variance = 0.0
-    for place, total, squares in (
+    first = np.cumsum(lengths) - lengths
+
+    def total(parts: np.ndarray) -> np.ndarray:
+        return np.add.reduceat(parts, first)
+
+    def placed(parts: np.ndarray, whole: np.ndarray) -> np.ndarray:
+        """Share of a part's weight below each score, ties half."""
+        before = np.cumsum(parts) - parts / 2
+        return (before - np.repeat(before[first] - parts[first] / 2, lengths)) / np.repeat(
+            whole, lengths
+        )
+
+    total_high, total_low = total(high), total(low)
+    defined = (total_high > 0) & (total_low > 0)
+    total_high, total_low = (np.where(defined, part, 1.0) for part in (total_high, total_low))
+    beaten, beating = placed(low, total_low), 1 - placed(high, total_high)
+    auc = total(high * beaten) / total_high
+    middle, variance = np.repeat(auc, lengths), np.zeros(lengths.size)
+    for place, whole, squares in (
         (beaten, total_high, high_squares),
         (beating, total_low, low_squares),
     ):
-        effective = max(total**2 / squares.sum(), 1 + 1e-9)
-        variance += squares @ (place - auc) ** 2 / total**2 * effective / (effective - 1)
-    return auc, np.sqrt(variance)
+        effective = np.maximum(divide(whole**2, total(squares)), 1 + 1e-9)
+        spread = total(squares * (place - middle) ** 2) / whole**2
+        variance += spread * effective / (effective - 1)
+    return np.where(defined[:, None], np.stack([auc, np.sqrt(variance)], 1), np.nan)
 
 
 def _finished(found, positives, negatives, minimum: int, tail: float) -> Auc:

@@ -13,7 +13,7 @@ from scipy.special import stdtr, stdtrit
 from jax_lowrank.evaluation import cells, disparities, groups
 from jax_lowrank.evaluation.comparisons import Equivalence, equivalence
 from jax_lowrank.evaluation.groups import GroupRates, Rates
-from jax_lowrank.evaluation.intervals import checked_level, divide, membership, wilson
+from jax_lowrank.evaluation.intervals import checked_level, divide, membership, threaded, wilson
 
 
 class GapKind(NamedTuple):
@@ -293,20 +293,24 @@ def _put_wilson(limits, counts, rates: GroupRates, positive: int, level: float) 
 
 
 def _gap_limits(rates: GroupRates, inside, overall, to_overall: bool, level: float):
-    shape = (inside.shape[1], len(GAPS))
-    low, high = np.full(shape, np.nan), np.full(shape, np.nan)
-    reason = np.full(shape, "", dtype=object)
-    for run in range(shape[0]):
-        bands = {}
-        for k, (kind, names, agg) in enumerate(GAPS.values()):
+    def of(run: int) -> list[disparities.Limits]:
+        bands, found = {}, []
+        for kind, names, agg in GAPS.values():
             for name in names:
                 if (kind, name) not in bands:
                     i = Rates._fields.index(name)
                     top = (rates.overall[i][run], overall[:, run, i]) if to_overall else None
                     parts = (rates.by_group[i][run], inside[:, run, i], top)
                     bands[kind, name] = disparities.band(*parts, kind)
-            found = disparities.joined_limits([bands[kind, n] for n in names], kind, agg, level)
-            low[run, k], high[run, k], reason[run, k] = found
+            chosen = [bands[kind, name] for name in names]
+            found.append(disparities.joined_limits(chosen, kind, agg, level))
+        return found
+
+    runs = threaded(of, range(inside.shape[1]))
+    low, high = (
+        np.array([[getattr(one, end) for one in run] for run in runs]) for end in ("low", "high")
+    )
+    reason = np.array([[one.reason for one in run] for run in runs], dtype=object)
     return low, high, reason
 
 
