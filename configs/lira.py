@@ -5,8 +5,10 @@
     jax-lowrank study configs/lira.py:published   (offline, 16 shadows, as in arXiv 2405.17512)
 
 The membership part of arXiv 2405.17512, on HateXplain with all-MiniLM-L6-v2: LoRA r = 8 and full
-fine-tuning of 96 rows, four targets each. The attacks are asked about these rows and 96 test rows;
-every shadow trains on a random half of the 192, with its target's own method and learning rate.
+fine-tuning of 160 rows, three targets each. The attacks are asked about these rows and 160 test
+rows; every shadow trains on a random half of the 320, with its target's own method and learning
+rate. Posts are cut at 32 tokens, or the 136 runs would take longer. Groups with 10 members and 10
+others are shown: their intervals are wide.
 
 Data and encoder: see hate_speech.py.
 """
@@ -26,17 +28,17 @@ METHODS = (
 
 def config() -> Study:
     """64 LoRA shadows, 64 of full fine-tuning, online."""
-    return audited("lira", 96, MembershipSpec(shadows=64))
+    return audited("lira", 160, MembershipSpec(shadows=64))
 
 
 def published() -> Study:
     """16 shadows that know none of the audited rows."""
-    return audited("lira_published", 96, MembershipSpec(shadows=16, protocol="published"))
+    return audited("lira_published", 160, MembershipSpec(shadows=16, protocol="published"))
 
 
 def smoke() -> Study:
     """Does it all run? Four shadows on 40 rows; finds nothing out."""
-    whole = audited("lira_smoke", 40, MembershipSpec(shadows=4), max_rows=200)
+    whole = audited("lira_smoke", 40, MembershipSpec(shadows=4), max_rows=400)
     methods = (dataclasses.replace(METHODS[0], learning_rates=(3e-3,)),)
     train = dataclasses.replace(whole.train, epochs=1)
     return dataclasses.replace(whole, methods=methods, train=train, seeds=(1,))
@@ -47,15 +49,18 @@ def audited(name: str, rows: int, membership: MembershipSpec, max_rows: int = 0)
     study: Study = HATE_SPEECH["study"](
         name,
         methods=METHODS,
-        seeds=(1, 2, 3, 4),
+        seeds=(1, 2, 3),
         rows={
-            "validation_fraction": 0.025,
+            "validation_fraction": 0.0125,
             "test_fraction": 0.5,
             "max_train": rows,
             "max_rows": max_rows,
         },
         epochs=3,
     )
-    train = dataclasses.replace(study.train, max_length=48)
+    train = dataclasses.replace(study.train, max_length=32)
+    evaluate = dataclasses.replace(study.evaluate, minimum=10)
     question = "Does LoRA remember its training rows less than full fine-tuning does?"
-    return dataclasses.replace(study, question=question, train=train, membership=membership)
+    return dataclasses.replace(
+        study, question=question, train=train, evaluate=evaluate, membership=membership
+    )

@@ -136,10 +136,11 @@ def _of_probabilities(case: Case, run: RunResult) -> list[Metric]:
         return []
     one = case.outputs[run.record["label"]].take([run.record["seed"]])
     everyone = np.column_stack([np.ones(case.labels.size, bool), case.members])
-    errors, worth = numbers.calibrated(case, one.chance, one.event, everyone)[0], scores.of_groups
+    errors, _ = numbers.calibrated(case, one.chance, one.event, everyone)
     return [
         Metric("test", group, name, *c[:3], n=c.n, null_mean=c.expected, reason=c.reason)
-        for group, error, cells in zip(("", *case.names), errors, worth(case, one))
+        for group, error, cells in zip(
+            ("", *case.names), errors, scores.of_probabilities(case, one)
+        )
         for name, c in {"ece": error, **cells}.items()
-        if name not in ("ppv", "f1")  # among the rates already
     ]

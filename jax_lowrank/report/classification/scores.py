@@ -21,27 +21,30 @@ TITLES = {
 
 def of_groups(case: Case, each: Outputs) -> list[dict[str, Cell]]:
     """A Cell by metric of TITLES for all rows, then of every group."""
-    everyone = np.column_stack([np.ones(case.labels.size, bool), case.members])
-    found = {**_rates(case, each, everyone), "smooth_ece": _smooth(case, each, everyone)}
-    if len(case.grid.study["classes"]) == 2:
-        found |= _aucs(case, each, everyone)
-    return [
-        {name: found[name][g] for name in TITLES if name in found} for g in range(len(everyone.T))
-    ]
+    return [a | b for a, b in zip(_rates(case, each), of_probabilities(case, each))]
 
 
-def _rates(case: Case, each: Outputs, everyone: np.ndarray) -> dict[str, list[Cell]]:
+def of_probabilities(case: Case, each: Outputs) -> list[dict[str, Cell]]:
+    """`of_groups` without what the predictions alone say."""
+    everyone = _everyone(case)
+    binary = len(case.grid.study["classes"]) == 2
+    found = _aucs(case, each, everyone) if binary else {}
+    found["smooth_ece"] = _smooth(case, each, everyone)
+    return _by_group(found)
+
+
+def _rates(case: Case, each: Outputs) -> list[dict[str, Cell]]:
     measured = subgroups.measure(
         case.labels,
         each.predictions,
-        everyone,
+        _everyone(case),
         num_classes=len(case.grid.study["classes"]),
         positive=case.positive,
         num_permutations=0,
         **options(case),
     )
     rates = measured.rates
-    return {
+    found = {
         name: _cells(
             *(getattr(part, name) for part in (rates.by_group, measured.low, measured.high)),
             getattr(rates.support, name),
@@ -49,6 +52,7 @@ def _rates(case: Case, each: Outputs, everyone: np.ndarray) -> dict[str, list[Ce
         )
         for name in ("ppv", "f1")
     }
+    return _by_group(found)
 
 
 def _aucs(case: Case, each: Outputs, everyone: np.ndarray) -> dict[str, list[Cell]]:
@@ -71,6 +75,15 @@ def _smooth(case: Case, each: Outputs, everyone: np.ndarray) -> list[Cell]:
     reasons = [f"{n} rows, fewer than {minimum}" if n < minimum else "" for n in sizes]
     none = np.full_like(values, np.nan)
     return _cells(np.where(few, np.nan, values), none, none, sizes, np.array(reasons, object))
+
+
+def _everyone(case: Case) -> np.ndarray:
+    """Membership (N, 1 + G) with a first group of all rows."""
+    return np.column_stack([np.ones(case.labels.size, bool), case.members])
+
+
+def _by_group(found: dict[str, list[Cell]]) -> list[dict[str, Cell]]:
+    return [dict(zip(found, cells)) for cells in zip(*found.values())]
 
 
 def _cells(values, low, high, support, reasons) -> list[Cell]:
