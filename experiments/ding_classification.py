@@ -14,6 +14,7 @@ part of the paper, and DIR/figures.html: every figure. No texts: logits, groups 
 | ranks, fractional ranks | `figures.by_rank` |
 | accuracy against subgroup size | `figures.by_size` |
 | LoRA run whose F1 matches full fine-tuning | `difference_table`, row "LoRA at ..." |
+| membership inference | `attack_table`, report/membership.csv, `Audit.figures` |
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from pathlib import Path
 
 from jax_lowrank import results
 from jax_lowrank.report import page
-from jax_lowrank.report.classification import claims, effects, figures, numbers
+from jax_lowrank.report.classification import claims, effects, figures, membership, numbers
 from jax_lowrank.report.classification.numbers import GAPS, TITLES, Case
 
 
@@ -73,6 +74,27 @@ def difference_table(case: Case) -> str:
     return table(["comparison", *(TITLES[name] for name in effects.METRICS)], rows)
 
 
+def attack_table(audit: membership.Audit) -> str:
+    """Every attack on every method; the main one by group; LoRA minus full fine-tuning."""
+    rates = [f"true positives at {100 * rate:g} % false" for rate in membership.RATES]
+    rows = [
+        [row.label, row.attack, *(cell(c) for c in (row.auc, *row.rates))] for row in audit.rows
+    ]
+    by_group = [
+        [f"{group.name} ({group.members}, {group.others})", *map(cell, group.cells.values())]
+        for group in audit.groups
+    ]
+    apart = [f"{each.label} − {each.other}: {difference(each.found)}" for each in audit.distances]
+    labels = [each.label for each in audit.methods]
+    return (
+        f"{audit.num_members} members, {audit.num_others} others;"
+        f" {audit.methods[0].inside.shape[1]} shadows of each method.\n\n"
+        f"{table(['method', 'attack', 'AUC', *rates], rows)}\n\n"
+        f"AUC of {audit.main}, paired by row and seed: {'; '.join(apart)}.\n\n"
+        f"{table([f'{audit.main}, group (members, others)', *labels], by_group)}"
+    )
+
+
 TABLES = {
     "Gaps between groups": gap_table,
     "Differences to full fine-tuning": difference_table,
@@ -118,17 +140,21 @@ def described(case: Case, result: results.StudyResult) -> str:
         f" {study['fingerprint']}. Intervals: 95 %, over rows and seeds (calibration: rows).\n"
     )
     parts = [f"### {title}\n\n{make(case)}\n" for title, make in TABLES.items()]
+    if audit := membership.audit(case, result):
+        parts.append(f"### Membership inference\n\n{attack_table(audit)}\n")
     said = claims.as_text(result)
     return "\n".join([head, f"### Claims\n\n```\n{said}\n```\n", *parts])
 
 
-def drawn(case: Case) -> list[figures.Figure]:
+def drawn(case: Case, result: results.StudyResult) -> list[figures.Figure]:
     """Every figure of one study."""
     groups = {label: numbers.group_rows(case, label) for label in case.outputs}
     pairs = effects.at_best(case)
     matched = effects.matched(case)
     pairs += [matched] if matched else []
-    return figures.all_figures(case, numbers.summary(case), numbers.distances(case), groups, pairs)
+    parts = (numbers.summary(case), numbers.distances(case), groups, pairs)
+    audit = membership.audit(case, result)
+    return [*figures.all_figures(case, *parts), *(audit.figures if audit else [])]
 
 
 def main() -> None:
@@ -146,7 +172,7 @@ def main() -> None:
         case = numbers.arrange(result)
         sections.append(described(case, result))
         body = environment.get_template("figures.html")
-        shown = body.render(figures=drawn(case), markup=Markup)
+        shown = body.render(figures=drawn(case, result), markup=Markup)
         pages.append(f"<h1>{case.grid.study['name']}</h1>\n{shown}")
     style = environment.get_template("style.css").render()
     arguments.out.mkdir(parents=True, exist_ok=True)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.special import ndtr
 
 from jax_lowrank.evaluation import ranking
 
@@ -107,3 +108,46 @@ def test_only_the_order_counts_and_signs_mirror(pairs):
         left, right = getattr(one, name).auc, getattr(two, name).auc
         np.testing.assert_allclose(left, right)
         np.testing.assert_allclose(getattr(mirrored, name).auc, 1 - left)
+
+
+def test_compared_aucs_are_paired():
+    rng = np.random.default_rng(0)
+    positive = rng.random(300) < 0.4
+    shared = rng.normal(size=300) + positive
+    a = np.round(shared + rng.normal(0, 0.3, (3, 300)), 1)  # with ties
+    b = shared + rng.normal(0, 0.3, (3, 300))
+    everyone = np.ones((300, 1), bool)
+    one, two = (ranking.bias_aucs(rows, positive, everyone).overall for rows in (a, b))
+    found = ranking.compare(a, b, positive)
+    assert found.estimate == pytest.approx((one.auc - two.auc).mean(), abs=1e-12)
+    assert found.low < found.estimate < found.high and found.reason == ""
+    assert found.error < 0.6 * one.error.mean()  # rows in common are taken out
+    # Against scores that say nothing, the error is that of the one AUC.
+    alone = ranking.compare(a[0], np.zeros(300), positive)
+    assert alone.estimate == pytest.approx(one.auc[0] - 0.5)
+    assert alone.error == pytest.approx(one.error[0])
+    # Seeds that differ add their variance.
+    worse = np.stack([b[0], b[1], -b[2]])
+    by_seed = one.auc - np.array([two.auc[0], two.auc[1], 1 - two.auc[2]])
+    assert ranking.compare(a, worse, positive).error > by_seed.std(ddof=1) / np.sqrt(3) > 0.1
+
+
+def test_an_auc_difference_covers_its_truth():
+    rng, positive, hits = np.random.default_rng(1), np.arange(120) < 60, 0
+    truth = ndtr(1 / np.sqrt(2)) - ndtr(0.5 / np.sqrt(2))
+    for _ in range(300):
+        noise = rng.multivariate_normal([0, 0], [[1, 0.6], [0.6, 1]], 120).T
+        found = ranking.compare(noise[0] + positive, noise[1] + 0.5 * positive, positive)
+        hits += found.low < truth < found.high
+    assert 0.91 < hits / 300 < 0.98
+
+
+def test_an_auc_difference_without_an_interval_says_why():
+    positive = np.arange(6) < 3
+    scores = np.arange(6.0)
+    found = ranking.compare(scores, 2 * scores, positive)
+    assert found.estimate == 0 and np.isnan(found.low) and "alike" in found.reason
+    found = ranking.compare(scores, np.where(positive, np.nan, scores), positive)
+    assert np.isnan(found.estimate) and found.reason.startswith("0 positives and 3 negatives")
+    with pytest.raises(ValueError, match="must be"):
+        ranking.compare(scores, scores[:5], positive)

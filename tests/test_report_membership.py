@@ -9,7 +9,7 @@ import report_classification
 from scipy.special import ndtr
 from test_report_page import _read
 
-from jax_lowrank.report.classification import membership, numbers, page
+from jax_lowrank.report.classification import claims, membership, numbers, page
 
 MEMORY = {4: 0.0, "full": 1.0}
 
@@ -77,10 +77,39 @@ def test_the_page_has_the_audit_and_shadows_are_no_reported_runs(study, audit):
     assert "1000000" not in table
     lines = list(csv.DictReader((study[0] / "report" / "membership.csv").read_text().splitlines()))
     auc = [line for line in lines if line["metric"] == "auc" and not line["group"]]
-    assert len(auc) == len(audit.rows) and len(lines) == 5 * len(audit.rows) + 2 * 3
+    assert len(auc) == len(audit.rows) and len(lines) == 5 * len(audit.rows) + 2 * 3 + 1
     assert float(auc[0]["value"]) == pytest.approx(audit.rows[0].auc.value)
     undefined = next(line for line in lines if line["metric"] == "tpr at 0.001")
     assert undefined["value"] == "" and "not resolvable" in undefined["reason"]
+
+
+def test_low_rank_is_compared_with_full_by_row_and_seed(study, audit):
+    (each,) = audit.distances
+    assert (each.label, each.other, each.seeds) == ("LoRA r=4", "full fine-tuning", (1, 2))
+    found = {(row.label, row.attack): row.auc.value for row in audit.rows}
+    apart = found["LoRA r=4", audit.main] - found["full fine-tuning", audit.main]
+    assert each.found.estimate == pytest.approx(apart)
+    assert -1 < each.found.low < each.found.estimate < each.found.high < -0.2
+    claims_of = claims.from_case(numbers.arrange(study[1]), audit)
+    (claim,) = (one for one in claims_of if one.topic == "membership")
+    assert (claim.verdict, claim.num_seeds, claim.num_prompts) == ("contradicted", 2, 400)
+    assert claim.p_adjusted >= claim.p == claim.p_new_seeds
+    assert f"{claim.difference:+.3f}" in claims.as_text(study[1])
+
+
+def test_curves_are_drawn_for_groups_with_enough_rows(audit):
+    overall, by_group = audit.figures
+    assert [panel.title for panel in overall.panels] == [
+        "LoRA r=4: 8 shadows",
+        "full fine-tuning: 8 shadows",
+    ]
+    small = next(group for group in audit.groups if group.name == "Small")
+    titles = [panel.title for panel in by_group.panels]
+    assert titles[-1] == f"Small: {small.members} members, {small.others} others"
+    assert not any(title.startswith("Tiny") for title in titles)
+    auc = small.cells["full fine-tuning"].value
+    shown = by_group.panels[-1].alt.split("full fine-tuning, AUC ")[1].split(", ")
+    assert np.mean([float(one) for one in shown]) == pytest.approx(auc, abs=1e-3)
 
 
 def test_a_study_without_shadows_has_no_audit(tmp_path):

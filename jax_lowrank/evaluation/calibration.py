@@ -14,13 +14,8 @@ import numpy as np
 from scipy import sparse
 from scipy.special import bdtrik, gammaln, stdtr, stdtrit, xlog1py, xlogy
 
-from jax_lowrank.evaluation.intervals import (
-    checked_level,
-    divide,
-    is_binary,
-    membership,
-    threaded,
-)
+from jax_lowrank.evaluation import intervals
+from jax_lowrank.evaluation.intervals import checked_level, divide, is_binary, membership
 
 DRAWS = 200  # of each bin's noise behind `limits`
 STEPS = 12  # bisections there
@@ -132,7 +127,7 @@ def bins(
         return [np.bincount(place, s, np.prod(shape)).reshape(shape) for s in sums]
 
     events = np.broadcast_to(y, p.shape).reshape(-1, len(groups))
-    runs = threaded(sums_of, p.reshape(-1, len(groups)), events)
+    runs = intervals.threaded(sums_of, p.reshape(-1, len(groups)), events)
     rows, weight, total, variance = (
         np.stack(part).reshape(*p.shape[:-1], *shape) for part in zip(*runs)
     )
@@ -203,7 +198,7 @@ def perfect(found: Bins, norm: float = 1, *, num_draws: int = 500, seed: int = 0
 
     sizes = [min(STREAM, num_draws - start) for start in range(0, num_draws, STREAM)]
     streams = np.random.default_rng(seed).spawn(len(sizes))
-    errors = np.concatenate(threaded(drawn, streams, sizes), -1)
+    errors = np.concatenate(intervals.threaded(drawn, streams, sizes), -1)
     hits = (errors >= observed[..., None] - 1e-12).sum(-1)
     expected = errors.mean(-1)
     if norm == 1:
@@ -264,7 +259,7 @@ def limits(found: Bins, norm: float = 1, *, level: float = 0.95, seed: int = 0) 
             low, high = np.where(above, low, middle), np.where(above, middle, high)
         return _norm(np.abs(chance(low) - mean), weight, norm)
 
-    return Limits(*threaded(error_at, (0.5, 1 - tail, tail)))
+    return Limits(*intervals.threaded(error_at, (0.5, 1 - tail, tail)))
 
 
 def reliability(found: Bins, level: float = 0.95) -> Reliability:
@@ -321,10 +316,7 @@ def compare(
         )
     gaps = by_method[0] - by_method[1]  # (S, 1 + B, G)
     by_seed, rows = gaps[:, 0], gaps[:, 1:].mean(0).var(0)
-    between = by_seed.var(0, ddof=1) / num_seeds if num_seeds > 1 else np.zeros_like(rows)
-    parts = rows**2 / max(num_rows - 1, 1) + between**2 / max(num_seeds - 1, 1)
-    freedom = divide((rows + between) ** 2, parts)
-    estimate, error = by_seed.mean(0), np.sqrt(rows + between)
+    estimate, (error, freedom) = by_seed.mean(0), intervals.rows_and_seeds(by_seed, rows, num_rows)
     half = stdtrit(freedom, tail) * error
     p = 2 * stdtr(freedom, -np.abs(divide(estimate, error)))
     return Difference(estimate, estimate - half, estimate + half, p, error, freedom)

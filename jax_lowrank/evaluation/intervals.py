@@ -229,6 +229,20 @@ def threaded(work: Callable, *items: Iterable) -> list:
         return list(pool.map(work, *items))
 
 
+def rows_and_seeds(
+    by_seed: np.ndarray, rows: np.ndarray, num_rows: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Standard error (K,) of a mean over seeds (S, K), and Satterthwaite's degrees of freedom.
+
+    rows (K,): the variance that other rows would give; with two seeds or more, that between seeds
+    is added.
+    """
+    seeds = len(by_seed)
+    between = by_seed.var(0, ddof=1) / seeds if seeds > 1 else np.zeros_like(rows)
+    parts = rows**2 / max(num_rows - 1, 1) + between**2 / max(seeds - 1, 1)
+    return np.sqrt(rows + between), divide((rows + between) ** 2, parts)
+
+
 def seed_note(num_seeds: int) -> str:
     """What a reader must know about a percentile interval over this many seeds."""
     if num_seeds == 1:

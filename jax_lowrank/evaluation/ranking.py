@@ -9,9 +9,16 @@ DeLong's (1988) on the logit scale, rows independent. 1 is ideal, 0.5 is chance.
 from typing import NamedTuple
 
 import numpy as np
-from scipy.special import expit, logit, ndtri
+from scipy.special import expit, logit, ndtri, stdtr, stdtrit
 
-from jax_lowrank.evaluation.intervals import checked_level, divide, is_binary, membership, threaded
+from jax_lowrank.evaluation.intervals import (
+    checked_level,
+    divide,
+    is_binary,
+    membership,
+    rows_and_seeds,
+    threaded,
+)
 
 
 class Auc(NamedTuple):
@@ -33,6 +40,19 @@ class BiasAucs(NamedTuple):
     subgroup: Auc
     bpsn: Auc
     bnsp: Auc
+
+
+class Difference(NamedTuple):
+    """AUC of a minus AUC of b, limits, the p of 0, standard error, degrees of freedom; NaN with a
+    reason."""
+
+    estimate: float
+    low: float
+    high: float
+    p: float
+    error: float
+    freedom: float
+    reason: str
 
 
 def bias_aucs(
@@ -70,6 +90,37 @@ def bias_aucs(
     }
     overall = _finished(found[..., -1, 0, :], everyone[1], everyone[0], minimum, tail)
     return BiasAucs(overall, **parts)
+
+
+def compare(a, b, positive, *, level: float = 0.95) -> Difference:
+    """AUC of scores a minus that of scores b, (S, N) under S seeds or (N,), on the same rows.
+
+    positive: (N,) bool. Rows: the covariance of DeLong, DeLong and Clarke-Pearson (1988), in which
+    both see the same rows; seeds: with two or more, the variance between them. Rows that are NaN
+    under any seed take no part.
+    """
+    tail, positive = (1 + checked_level(level)) / 2, np.asarray(positive)
+    a, b = (np.atleast_2d(np.asarray(scores, np.float64)) for scores in (a, b))
+    if a.shape != b.shape or positive.shape != a.shape[1:] or positive.dtype != bool:
+        shapes = f"{a.shape}, {b.shape} and {positive.shape} of {positive.dtype}"
+        raise ValueError(f"a, b, positive must be (S, N), (S, N), (N,) bool, not {shapes}")
+    kept = ~np.isnan(np.concatenate([a, b])).any(0)
+    a, b, positive = a[:, kept], b[:, kept], positive[kept]
+    numbers = (int(positive.sum()), int((~positive).sum()))
+    if min(numbers) < 2:
+        reason = f"{numbers[0]} positives and {numbers[1]} negatives, fewer than 2"
+        return Difference(*[np.nan] * 6, reason)
+    places = [np.array([_places(row, positive) for row in rows]) for rows in (a, b)]
+    apart = places[0] - places[1]
+    by_seed, mean = apart[:, positive].mean(1), apart.mean(0)
+    rows = sum(mean[part].var(ddof=1) / part.sum() for part in (positive, ~positive))
+    found = rows_and_seeds(by_seed[:, None], np.array([rows]), positive.size)
+    estimate, error, freedom = float(by_seed.mean()), *(float(part[0]) for part in found)
+    if not error > 0:
+        return Difference(estimate, *[np.nan] * 3, error, freedom, "both order the rows alike")
+    half = float(stdtrit(freedom, tail)) * error
+    p = 2 * float(stdtr(freedom, -abs(estimate) / error))
+    return Difference(estimate, estimate - half, estimate + half, p, error, freedom, "")
 
 
 def power_mean(values, power: float = -5.0, defined_only: bool = False) -> np.ndarray:
@@ -120,6 +171,17 @@ def _run(scores, labels, weights, row, column, num_groups: int) -> np.ndarray:
     found = np.stack([_aucs(one[:, 1], two[:, 0], lengths) for one, two in pairs], 1)
     overall = _aucs(every[:, 1], every[:, 0], np.array([values.size]))
     return np.concatenate([found, np.repeat(overall[:, None], 3, 1)])
+
+
+def _places(scores: np.ndarray, positive: np.ndarray) -> np.ndarray:
+    """Of each positive the share of negatives below it, of each negative that of positives above it
+    (N,); ties count one half. The mean over either is the AUC."""
+    found = np.empty(scores.size)
+    for part in (positive, ~positive):
+        ordered = np.sort(scores[~part])
+        ends = [np.searchsorted(ordered, scores[part], side) for side in ("left", "right")]
+        found[part] = sum(ends) / (2 * ordered.size)
+    return np.where(positive, found, 1 - found)
 
 
 def _histogram(at: np.ndarray, size: int, labels: np.ndarray, weights: np.ndarray) -> np.ndarray:

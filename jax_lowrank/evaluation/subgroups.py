@@ -13,7 +13,14 @@ from scipy.special import stdtr, stdtrit
 from jax_lowrank.evaluation import cells, disparities, groups
 from jax_lowrank.evaluation.comparisons import Equivalence, equivalence
 from jax_lowrank.evaluation.groups import GroupRates, Rates
-from jax_lowrank.evaluation.intervals import checked_level, divide, membership, threaded, wilson
+from jax_lowrank.evaluation.intervals import (
+    checked_level,
+    divide,
+    membership,
+    rows_and_seeds,
+    threaded,
+    wilson,
+)
 
 
 class GapKind(NamedTuple):
@@ -232,7 +239,7 @@ def levels(
     every = _gaps_of(rates, positive)
     by_seed = every(counts_with_all(counts)[None])[0]
     drawn = cells.resample(made, every, num_resamples, seed)
-    error, freedom = _error(by_seed, drawn, made.counts.sum())
+    error, freedom = rows_and_seeds(by_seed, _variance(drawn.mean(1)), made.counts.sum())
     half = stdtrit(freedom, tail) * error
     estimate = by_seed.mean(0)
     return GapLevels(tuple(GAPS), estimate, estimate - half, estimate + half, by_seed)
@@ -340,23 +347,10 @@ def _variance(draws: np.ndarray) -> np.ndarray:
     return divide(np.where(known, (draws - mean) ** 2, 0.0).sum(0), known.sum(0))
 
 
-def _error(by_seed: np.ndarray, drawn: np.ndarray, num_units: int) -> tuple[np.ndarray, ...]:
-    """Standard error (K,) of a mean over seeds (S, K), and Satterthwaite's degrees of freedom.
-
-    The variance of resampled rows (B, S, K) plus, with two seeds or more, that between seeds.
-    """
-    seeds, rows = len(by_seed), _variance(drawn.mean(1))
-    between = by_seed.var(0, ddof=1) / seeds if seeds > 1 else np.zeros_like(rows)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        parts = rows**2 / max(num_units - 1, 1) + between**2 / max(seeds - 1, 1)
-        freedom = np.where(parts > 0, (rows + between) ** 2 / parts, np.nan)
-    return np.sqrt(rows + between), freedom
-
-
 def _gap_difference(by_seed, drawn, swapped, num_units, tail, margin) -> GapDifference:
     """From differences (S, K), their resamples (B, S, K) and their swaps (B, S, K)."""
     seeds, estimate = len(by_seed), by_seed.mean(0)
-    error, freedom = _error(by_seed, drawn, num_units)
+    error, freedom = rows_and_seeds(by_seed, _variance(drawn.mean(1)), num_units)
     with np.errstate(invalid="ignore", divide="ignore"):
         two_sided = 2 * stdtr(freedom, -np.abs(estimate) / error)
     half = stdtrit(freedom, tail) * error

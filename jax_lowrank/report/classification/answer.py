@@ -13,6 +13,7 @@ WORDS = {
     "demographic_parity_difference": ("demographic parity difference", "larger", "smaller"),
     "equalized_odds_difference": ("equalized odds difference", "larger", "smaller"),
     "ece": ("calibration error", "larger", "smaller"),
+    "membership": ("success of telling its training rows", "larger", "smaller"),
     "matched": ("gaps and calibration at matched validation accuracy", "worse", "better"),
 }
 

@@ -8,7 +8,8 @@ import math
 
 from jax_lowrank.evaluation import comparisons
 from jax_lowrank.report.claims import Claim, judged, lines
-from jax_lowrank.report.classification import effects
+from jax_lowrank.report.classification import effects, membership
+from jax_lowrank.report.classification.membership import Audit
 from jax_lowrank.report.classification.numbers import TITLES, Case, arrange
 from jax_lowrank.results import StudyResult
 
@@ -18,6 +19,7 @@ TOPICS = {
     "demographic_parity_difference": "Low rank has larger gaps in how often groups are flagged",
     "equalized_odds_difference": "Low rank has larger gaps in error rates",
     "ece": "Low rank is worse calibrated",
+    "membership": "Low rank gives away more of which rows it was trained on",
     "matched": "Where LoRA is as accurate on validation rows as full fine-tuning",
 }
 WORSE = {name: -1 if "accuracy" in name else +1 for name in effects.METRICS}
@@ -30,7 +32,7 @@ SAYS = {
 }
 
 
-def from_case(case: Case) -> list[Claim]:
+def from_case(case: Case, audit: Audit | None = None) -> list[Claim]:
     """Every claim about LoRA against full fine-tuning, judged in one family."""
     best = {pair.label: pair for pair in effects.at_best(case)}
     found = [
@@ -39,6 +41,7 @@ def from_case(case: Case) -> list[Claim]:
         for label in case.grid.lora
         if label in best
     ]
+    found += [_leak(audit, each) for each in audit.distances] if audit else []
     pair = effects.matched(case)
     if pair:
         found += [
@@ -50,7 +53,21 @@ def from_case(case: Case) -> list[Claim]:
 
 def as_text(result: StudyResult) -> str:
     """The claims as lines for a terminal."""
-    return lines(from_case(arrange(result)), TOPICS)
+    case = arrange(result)
+    return lines(from_case(case, membership.audit(case, result)), TOPICS)
+
+
+def _leak(audit: Audit, each: membership.Distance) -> Claim:
+    """That a method's rows are told from others better than full fine-tuning's."""
+    gap, seeds = each.found, len(each.seeds)
+    p = (math.nan, gap.p) if seeds > 1 else (gap.p, math.nan)
+    rows = audit.num_members + audit.num_others
+    return Claim(
+        *("membership", f"{each.label} gives its training rows away more than full fine-tuning"),
+        *(f"{each.label} − {each.other}", membership.POOL, f"AUC of {audit.main}", +1),
+        *(gap.estimate, gap.low, gap.high, gap.p, math.nan, *p, rows, rows, seeds, 0),
+        *("cannot tell", gap.reason, "" if seeds > 1 else "one seed"),
+    )
 
 
 def _claim(topic: str, effect: comparisons.Difference, metric: str, label: str, full: str) -> Claim:

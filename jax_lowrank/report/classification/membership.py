@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jax_lowrank.evaluation import membership
+from jax_lowrank.evaluation import membership, ranking
 from jax_lowrank.report.classification.figures import COLOR_OF, roles
 from jax_lowrank.report.classification.numbers import Case, Cell
 from jax_lowrank.report.drawing import COLORS, Key, Panel, panel
@@ -26,12 +26,13 @@ MAIN = {"online": "LiRA online", "published": "LiRA offline, tail"}
 
 
 class Audited(NamedTuple):
-    """One method: log p of the audited rows under S targets (S, A) and K shadows (K, A), their
-    margins, and log p of V validation rows, which none was trained on; member (A,) and inside
-    (A, K) bool: who was trained on what.
+    """One method under S seeds: log p of the audited rows under S targets (S, A) and K shadows
+    (K, A), their margins, and log p of V validation rows, which none was trained on; member (A,)
+    and inside (A, K) bool: who was trained on what.
     """
 
     label: str
+    seeds: tuple[int, ...]
     targets: np.ndarray
     shadows: np.ndarray
     target_margins: np.ndarray
@@ -61,6 +62,15 @@ class GroupAuc(NamedTuple):
     cells: dict[str, Cell]  # by method
 
 
+class Distance(NamedTuple):
+    """A method's AUC under the main attack minus that of full fine-tuning."""
+
+    label: str
+    other: str
+    seeds: tuple[int, ...]
+    found: ranking.Difference
+
+
 class Gap(NamedTuple):
     """Largest minus smallest group AUC of the mean score over seeds, and chance's."""
 
@@ -77,6 +87,7 @@ class Audit(NamedTuple):
     rows: list[Row]
     groups: list[GroupAuc]
     gaps: list[Gap]
+    distances: list[Distance]
     figures: list[Figure]
     num_members: int
     num_others: int
@@ -116,14 +127,17 @@ def audit(case: Case, result: StudyResult) -> Audit | None:
     ]
     counts = (int(member.sum()), int((~member).sum()))
     drawn = [_curves(case, methods, scores, main)]
-    return Audit(protocol, main, methods, table, groups, gaps, drawn, *counts)
+    drawn += _curves_by_group(case, methods, scores, main, rows.groups)
+    apart = _distances(case, methods, scores, main)
+    return Audit(protocol, main, methods, table, groups, gaps, apart, drawn, *counts)
 
 
 def table_csv(found: Audit) -> str:
     """Every number of the audit, a line each; groups are of the main attack."""
     names = ["auc", "best balanced accuracy", *(f"tpr at {rate:g}" for rate in RATES)]
+    counts = (found.num_members, found.num_others)
     lines = [
-        (row.label, row.attack, "", name, found.num_members, found.num_others, cell)
+        (row.label, row.attack, "", name, *counts, cell)
         for row in found.rows
         for name, cell in zip(names, (row.auc, row.accuracy, *row.rates))
     ]
@@ -131,6 +145,10 @@ def table_csv(found: Audit) -> str:
         (label, found.main, group.name, "auc", group.members, group.others, cell)
         for group in found.groups
         for label, cell in group.cells.items()
+    ]
+    lines += [
+        (f"{each.label} - {each.other}", found.main, "", "auc difference", *counts, each.found)
+        for each in found.distances
     ]
     out = io.StringIO()
     heads = ("label", "attack", "group", "metric", "members", "others")
@@ -184,6 +202,7 @@ def _audited(case: Case, result: StudyResult, label: str) -> Audited | None:
 
     return Audited(
         label,
+        tuple(run.record["seed"] for run in targets),
         stacked(membership.log_likelihood, targets),
         stacked(membership.log_likelihood, shadows),
         stacked(membership.margin, targets),
@@ -228,9 +247,38 @@ def _group(case: Case, methods, scores, main: str, inside: np.ndarray, name: str
     return GroupAuc(name, int((inside & member).sum()), int((inside & ~member).sum()), cells)
 
 
+def _distances(case: Case, methods: list[Audited], scores: dict, main: str) -> list[Distance]:
+    """Paired by row and by seed, over the seeds that both methods finished."""
+    full = next((each for each in methods if each.label == case.grid.full), None)
+    found = []
+    for each in methods:
+        if full is None or each is full:
+            continue
+        pairs = ((each, each.seeds), (full, full.seeds))
+        common = [seed for seed in each.seeds if seed in full.seeds]
+        parts = [
+            scores[one.label][main][[seeds.index(seed) for seed in common]] for one, seeds in pairs
+        ]
+        if common:
+            level = case.settings["level"]
+            gap = ranking.compare(*parts, each.member, level=level)
+            found.append(Distance(each.label, full.label, tuple(common), gap))
+    return found
+
+
 def _curves(case: Case, methods: list[Audited], scores: dict, main: str) -> Figure:
-    shown = {label: role for role, label in roles(case).items()}
-    panels = [_roc_panel(each, scores[each.label], main, shown.get(each.label)) for each in methods]
+    colors = _colors(case)
+    panels = [
+        _roc_panel(
+            f"{each.label}: {each.inside.shape[1]} shadows",
+            each.member,
+            {
+                "loss threshold": (scores[each.label]["loss threshold"], COLORS["muted"], 0.6),
+                main: (scores[each.label][main], colors[each.label], 1.3),
+            },
+        )
+        for each in methods
+    ]
     caption = (
         "True against false positive rate, both on log axes, every target a line; the dashed"
         " diagonal is guessing. Left of the vertical line a false positive rate cannot be told:"
@@ -240,24 +288,56 @@ def _curves(case: Case, methods: list[Audited], scores: dict, main: str) -> Figu
     return Figure("audit-curves", "Attacks at low false positive rates", caption, panels, keys)
 
 
-def _roc_panel(each: Audited, scores: dict, main: str, role: str | None) -> Panel:
-    num_others = int((~each.member).sum())
-    least = 1 / num_others
-    color = COLORS[COLOR_OF.get(role, "low")]
+def _curves_by_group(
+    case: Case, methods: list[Audited], scores: dict, main: str, groups: np.ndarray
+) -> list[Figure]:
+    """The main attack inside every group with enough members and others, largest group first."""
+    member, minimum, colors = methods[0].member, case.settings["minimum"], _colors(case)
+    counts = np.stack([groups[part].sum(0) for part in (member, ~member)])
+    order = np.argsort(-counts.min(0), kind="stable")
+    panels = []
+    for g in order[counts.min(0)[order] >= minimum]:
+        inside = groups[:, g]
+        lines = {
+            each.label: (scores[each.label][main][:, inside], colors[each.label], 1.0)
+            for each in methods
+        }
+        title = f"{case.names[g]}: {counts[0, g]} members, {counts[1, g]} others"
+        panels.append(_roc_panel(title, member[inside], lines))
+    if not panels:
+        return []
+    caption = (
+        f"{main} inside each group with {minimum} members and others, as above: every target a"
+        " line. Left of a panel's vertical line is less than one of its non-members."
+    )
+    roles_of = {label: COLOR_OF[role] for role, label in roles(case).items()}
+    keys = [Key(roles_of.get(each.label, "low"), "━", each.label) for each in methods]
+    return [Figure("audit-groups", "Attacks by group", caption, panels, keys)]
+
+
+def _colors(case: Case) -> dict[str, str]:
+    """Of every method: that of its role, if it has one."""
+    shown = {label: role for role, label in roles(case).items()}
+    return {label: COLORS[COLOR_OF.get(shown.get(label), "low")] for label in case.outputs}
+
+
+def _roc_panel(title: str, member: np.ndarray, lines: dict) -> Panel:
+    """lines: name -> scores (S, A), colour, line width."""
+    least = 1 / (~member).sum()
+    floor = least / 2
 
     def draw(axes) -> None:
-        floor = least / 2
         axes.plot([floor, 1], [floor, 1], color=COLORS["muted"], lw=0.8, ls=(0, (2, 2)))
         axes.axvline(least, color=COLORS["muted"], lw=0.8)
-        for name, width, shade in (("loss threshold", 0.6, COLORS["muted"]), (main, 1.3, color)):
-            for row in scores[name]:
+        for scores, color, width in lines.values():
+            for row in scores:
                 kept = ~np.isnan(row)
-                curve = membership.roc(row[kept], each.member[kept])
+                curve = membership.roc(row[kept], member[kept])
                 x, y = (
                     np.maximum(part, floor)
                     for part in (curve.false_positive_rate, curve.true_positive_rate)
                 )
-                axes.step(x, y, where="post", color=shade, lw=width, alpha=0.8)
+                axes.step(x, y, where="post", color=color, lw=width, alpha=0.8)
         axes.set_xscale("log")
         axes.set_yscale("log")
         axes.set_xlim(floor, 1.1)
@@ -265,9 +345,11 @@ def _roc_panel(each: Audited, scores: dict, main: str, role: str | None) -> Pane
         axes.set_xlabel("false positive rate")
         axes.set_ylabel("true positive rate")
 
-    aucs = [_auc(row, each.member) for row in scores[main]]
-    alt = f"{main}, AUC {', '.join(f'{value:.3f}' for value in aucs)}"
-    return panel(f"{each.label}: {each.inside.shape[1]} shadows", alt, draw, 3.2, 2.8)
+    said = [
+        f"{name}, AUC {', '.join(f'{_auc(row, member):.3f}' for row in scores)}"
+        for name, (scores, _, _) in lines.items()
+    ]
+    return panel(title, "; ".join(said), draw, 3.2, 2.8)
 
 
 def _auc(scores: np.ndarray, member: np.ndarray) -> float:

@@ -30,7 +30,8 @@ def write(study_dir: Path, result: StudyResult) -> Path:
     As `report.page.write` does.
     """
     case = numbers.arrange(result)
-    found, audit = claims.from_case(case), membership.audit(case, result)
+    audit = membership.audit(case, result)
+    found = claims.from_case(case, audit)
     by_run = {run.record["fingerprint"]: run_metrics(case, run) for run in result.runs}
     files = {
         "results.jsonl": metrics.jsonl(result, by_run),
