@@ -126,7 +126,7 @@ def seeds_said(number: int) -> str:
     if number == 1:
         return (
             "One fine-tuning seed: no interval or p-value here covers what another seed would do;"
-            " they speak of other prompts only."
+            " they speak of other prompts (or rows) only."
         )
     text = (
         f"{number} fine-tuning seeds of one base model. Differences, their p-values and intervals"
