@@ -126,10 +126,13 @@ def test_compared_aucs_are_paired():
     alone = ranking.compare(a[0], np.zeros(300), positive)
     assert alone.estimate == pytest.approx(one.auc[0] - 0.5)
     assert alone.error == pytest.approx(one.error[0])
+    assert 0 < alone.p < 1e-8 and np.isnan(alone.p_new_seeds)
     # Seeds that differ add their variance.
     worse = np.stack([b[0], b[1], -b[2]])
     by_seed = one.auc - np.array([two.auc[0], two.auc[1], 1 - two.auc[2]])
-    assert ranking.compare(a, worse, positive).error > by_seed.std(ddof=1) / np.sqrt(3) > 0.1
+    mixed = ranking.compare(a, worse, positive)
+    assert mixed.error > by_seed.std(ddof=1) / np.sqrt(3) > 0.1
+    assert mixed.p < 0.05 < mixed.p_new_seeds and mixed.low < 0 < mixed.high
 
 
 def test_an_auc_difference_covers_its_truth():

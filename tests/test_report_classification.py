@@ -17,7 +17,15 @@ from jax_lowrank.evaluation import calibration
 from jax_lowrank.evaluation.probabilities import smooth_calibration_error
 from jax_lowrank.report import drawing, kinds
 from jax_lowrank.report import grid as grids
-from jax_lowrank.report.classification import claims, effects, figures, numbers, page, scores
+from jax_lowrank.report.classification import (
+    answer,
+    claims,
+    effects,
+    figures,
+    numbers,
+    page,
+    scores,
+)
 
 
 @pytest.fixture(scope="module")
@@ -267,3 +275,16 @@ def test_rank_one_in_a_share_of_the_layers_is_a_rank_below_one():
 def test_rounding_is_not_drawn_as_a_trend():
     shown = drawing.panel("flat", "flat", lambda axes: axes.plot([0, 1, 2], [1e-17, 0, -2e-17]))
     assert "1e" not in re.sub(r"<[^>]*>", "", shown.svg)
+
+
+def test_a_method_that_gives_one_answer_is_named(case):
+    said = " ".join(answer.limits(case, []))
+    assert "of the rows. Whoever" not in said
+    label = case.grid.lora[0]
+    each = case.outputs[label]
+    same = np.full_like(each.predictions, case.positive)
+    same[:, :10] = 1 - case.positive
+    outputs = {**case.outputs, label: each._replace(predictions=same)}
+    said = " ".join(answer.limits(case._replace(outputs=outputs), []))
+    share = 100 * (1 - 10 / case.labels.size)
+    assert f"{label} says" in said and f"of {share:.1f} % of the rows" in said

@@ -43,13 +43,16 @@ class BiasAucs(NamedTuple):
 
 
 class Difference(NamedTuple):
-    """AUC of a minus AUC of b, limits, the p of 0, standard error, degrees of freedom; NaN with a
-    reason."""
+    """AUC of a minus AUC of b, limits, standard error, degrees of freedom; NaN with a reason.
+
+    p: for these seeds, from the rows alone. p_new_seeds: of the interval; NaN with one seed.
+    """
 
     estimate: float
     low: float
     high: float
     p: float
+    p_new_seeds: float
     error: float
     freedom: float
     reason: str
@@ -109,18 +112,21 @@ def compare(a, b, positive, *, level: float = 0.95) -> Difference:
     numbers = (int(positive.sum()), int((~positive).sum()))
     if min(numbers) < 2:
         reason = f"{numbers[0]} positives and {numbers[1]} negatives, fewer than 2"
-        return Difference(*[np.nan] * 6, reason)
+        return Difference(*[np.nan] * 7, reason)
     places = [np.array([_places(row, positive) for row in rows]) for rows in (a, b)]
     apart = places[0] - places[1]
     by_seed, mean = apart[:, positive].mean(1), apart.mean(0)
     rows = sum(mean[part].var(ddof=1) / part.sum() for part in (positive, ~positive))
     found = rows_and_seeds(by_seed[:, None], np.array([rows]), positive.size)
     estimate, error, freedom = float(by_seed.mean()), *(float(part[0]) for part in found)
-    if not error > 0:
-        return Difference(estimate, *[np.nan] * 3, error, freedom, "both order the rows alike")
+    if not rows > 0:
+        reason = "both order the rows alike"
+        return Difference(estimate, *[np.nan] * 4, error, freedom, reason)
     half = float(stdtrit(freedom, tail)) * error
-    p = 2 * float(stdtr(freedom, -abs(estimate) / error))
-    return Difference(estimate, estimate - half, estimate + half, p, error, freedom, "")
+    p = 2 * float(stdtr(positive.size - 1, -abs(estimate) / np.sqrt(rows)))
+    p_new = 2 * float(stdtr(freedom, -abs(estimate) / error)) if len(by_seed) > 1 else np.nan
+    ends = (estimate - half, estimate + half)
+    return Difference(estimate, *ends, p, p_new, error, freedom, "")
 
 
 def power_mean(values, power: float = -5.0, defined_only: bool = False) -> np.ndarray:

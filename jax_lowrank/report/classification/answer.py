@@ -7,6 +7,7 @@ from jax_lowrank.report.claims import CANNOT_TELL, CONTRADICTED, SUPPORTED, Clai
 from jax_lowrank.report.classification.numbers import HEAD, TITLES, Case, Gap
 from jax_lowrank.report.tables import Estimate
 
+ONE_ANSWER = 0.95  # share of one answer from which a method hardly tells rows apart
 WORDS = {
     "accuracy": ("accuracy", "lower", "higher"),
     "worst_accuracy": ("accuracy on the worst group", "lower", "higher"),
@@ -50,6 +51,7 @@ def limits(case: Case, found: list[Claim]) -> list[str]:
             f"Left out of gaps and of the worst group for having fewer than"
             f" {case.settings['minimum']} test rows: {', '.join(few)}. Nothing is known of them."
         )
+    said += _one_answer(case)
     said.append(
         "Learning rates were chosen by validation loss with one seed, steps (and so epochs) by the"
         " same loss within every run. Equal learning rates say little by themselves: LoRA wants"
@@ -81,6 +83,21 @@ def _levels(case: Case, summary: dict[str, dict[str, Estimate]]) -> str:
         f"Of {case.labels.size:,} test rows these were right on: {', '.join(parts)}; always saying"
         f" “{study['classes'][majority]}” on {_percent(share)}."
     )
+
+
+def _one_answer(case: Case) -> list[str]:
+    """Methods whose gaps are small because they give nearly every row the same class."""
+    said, classes = [], case.grid.study["classes"]
+    for label, each in case.outputs.items():
+        shares = [float((each.predictions == k).mean()) for k in range(len(classes))]
+        most = int(np.argmax(shares))
+        if shares[most] >= ONE_ANSWER:
+            said.append(
+                f"{label} says “{classes[most]}” of {_percent(shares[most])} of the rows. Whoever"
+                " hardly tells rows apart has small gaps and is right on groups with that label:"
+                " its gaps and worst group say nothing of how it would serve groups."
+            )
+    return said
 
 
 def _tallies(found: list[Claim]) -> str:

@@ -60,12 +60,12 @@ def as_text(result: StudyResult) -> str:
 def _leak(audit: Audit, each: membership.Distance) -> Claim:
     """That a method's rows are told from others better than full fine-tuning's."""
     gap, seeds = each.found, len(each.seeds)
-    p = (math.nan, gap.p) if seeds > 1 else (gap.p, math.nan)
     rows = audit.num_members + audit.num_others
     return Claim(
         *("membership", f"{each.label} gives its training rows away more than full fine-tuning"),
         *(f"{each.label} − {each.other}", membership.POOL, f"AUC of {audit.main}", +1),
-        *(gap.estimate, gap.low, gap.high, gap.p, math.nan, *p, rows, rows, seeds, 0),
+        *(gap.estimate, gap.low, gap.high, effects.p_of(gap), math.nan, gap.p, gap.p_new_seeds),
+        *(rows, rows, seeds, 0),
         *("cannot tell", gap.reason, "" if seeds > 1 else "one seed"),
     )
 

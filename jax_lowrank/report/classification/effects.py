@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jax_lowrank.evaluation import calibration, comparisons, subgroups
+from jax_lowrank.evaluation import calibration, comparisons, ranking, subgroups
 from jax_lowrank.report.classification.numbers import Case, Outputs, of_rate, options
 
 METRICS = (
@@ -122,7 +122,7 @@ def equivalent(case: Case, found: comparisons.Difference) -> float:
     return comparisons.equivalence(found.estimate, found.error, margin, found.freedom).p
 
 
-def p_of(found: comparisons.Difference) -> float:
+def p_of(found: comparisons.Difference | ranking.Difference) -> float:
     """p for new seeds; with one seed, for this one."""
     return found.p if np.isnan(found.p_new_seeds) else found.p_new_seeds
 
