@@ -277,14 +277,13 @@ def test_rounding_is_not_drawn_as_a_trend():
     assert "1e" not in re.sub(r"<[^>]*>", "", shown.svg)
 
 
-def test_a_method_that_gives_one_answer_is_named(case):
-    said = " ".join(answer.limits(case, []))
-    assert "of the rows. Whoever" not in said
-    label = case.grid.lora[0]
+def test_a_method_that_gives_one_answer_is_named_in_front(case):
+    table, label = numbers.summary(case), case.grid.lora[0]
+    assert "Whoever" not in " ".join(answer.answer(case, table, [], []))
     each = case.outputs[label]
     same = np.full_like(each.predictions, case.positive)
     same[:, :10] = 1 - case.positive
     outputs = {**case.outputs, label: each._replace(predictions=same)}
-    said = " ".join(answer.limits(case._replace(outputs=outputs), []))
+    said = " ".join(answer.answer(case._replace(outputs=outputs), table, [], []))
     share = 100 * (1 - 10 / case.labels.size)
     assert f"{label} says" in said and f"of {share:.1f} % of the rows" in said

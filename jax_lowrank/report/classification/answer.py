@@ -28,6 +28,7 @@ def answer(
     said = [_levels(case, summary)]
     if found:
         said.append("LoRA against full fine-tuning on the same rows and seeds: " + _tallies(found))
+    said += _one_answer(case)
     said += _by_chance(case, gaps)
     return said
 
@@ -51,7 +52,6 @@ def limits(case: Case, found: list[Claim]) -> list[str]:
             f"Left out of gaps and of the worst group for having fewer than"
             f" {case.settings['minimum']} test rows: {', '.join(few)}. Nothing is known of them."
         )
-    said += _one_answer(case)
     said.append(
         "Learning rates were chosen by validation loss with one seed, steps (and so epochs) by the"
         " same loss within every run. Equal learning rates say little by themselves: LoRA wants"
