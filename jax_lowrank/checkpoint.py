@@ -56,7 +56,8 @@ class Checkpoints:
     left.
 
     Several processes ask, save and restore together, and get the same answers; the first one
-    verifies, signs and deletes.
+    verifies, signs and deletes. It calls `copy` with the names of the good ones after every save,
+    in the background, and with none when they are removed; what that raises is raised as above.
     """
 
     def __init__(
@@ -67,9 +68,10 @@ class Checkpoints:
         seconds: float = 60.0,
         note: Callable[[str], None] = lambda line: None,
         keep: int = 2,
+        copy: Callable[[list[str]], None] = lambda names: None,
     ):
         self.directory, self.fingerprint = Path(directory).absolute(), fingerprint
-        self.seconds, self.note, self.keep = seconds, note, keep
+        self.seconds, self.note, self.keep, self.copy = seconds, note, keep, copy
         self.asked = self._signalled = False
         self._newest = -1  # the step of the newest good one
         self._writer: threading.Thread | None = None
@@ -150,23 +152,31 @@ class Checkpoints:
                 content["files"] = _hashes(path)
                 _write_manifest(path, content)
                 self._read(path)
-                self._sweep(path)
+                kept = self._sweep(path)
             self._newest, self._last = content["step"], time.monotonic()
         except Exception as error:
             self._error = self._failed(path, error)
+            return
+        try:
+            if is_first():
+                self.copy([one.name for one in kept])
+        except Exception as error:
+            self._error = CheckpointError(f"checkpoint {path} was saved, but: {error}")
 
     def _failed(self, path: Path, error: Exception) -> CheckpointError:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         return CheckpointError(f"checkpoint {path} could not be saved: {reason}")
 
-    def _sweep(self, newest: Path) -> None:
-        """Delete all but the newest good ones. `newest` has just been verified, and stays."""
+    def _sweep(self, newest: Path) -> list[Path]:
+        """Delete all but the newest good ones, which it returns. `newest` has just been verified,
+        and stays."""
         signed = [path for path in self._found() if (path / MANIFEST).is_file()]
         older = [path for path in signed if path != newest and path.name < newest.name]
-        keep = {newest, *older[: self.keep - 1]}
+        keep = [newest, *older[: self.keep - 1]]
         for path in self._found():
             if path not in keep:
                 _delete(path)
+        return keep
 
     def wait(self) -> None:
         """Until the save that is under way is verified; raises CheckpointError where it failed."""
@@ -187,6 +197,7 @@ class Checkpoints:
         for path in self._found():
             _delete(path)
         shutil.rmtree(self.directory, ignore_errors=True)
+        self.copy([])
 
     # ------------------------------------------------------------------------------- restoring
 

@@ -108,6 +108,7 @@ def study_command(args: list[str]) -> int:
             print(HELP)
             return 0
         out, rest = take_folder(rest, "--out")
+        address, rest = take_option(rest, "--mirror")
         part, rest = take_option(rest, "--shard")
         curves, rest = take_curves(rest)
         shard = shard_of(part, os.environ)
@@ -115,20 +116,23 @@ def study_command(args: list[str]) -> int:
         alone, rest = take_flag(rest, "--no-sweep")
         study = load_config(config)
         if rest:
-            flags = "[--out DIR] [--shard i/n] [--track DIR] [--distributed] [--no-sweep]"
+            flags = "[--out DIR] [--mirror URL] [--shard i/n] [--track DIR] [--distributed]"
+            flags += " [--no-sweep]"
             study = parse(Study, study, rest, f"jax-lowrank study {config} {flags}")
     except (ValueError, OSError) as error:
         return fail(str(error))
     use_fast_memory()
     set_up_jax()
     from jax_lowrank import results
-    from jax_lowrank.study import execute, prepare
+    from jax_lowrank.mirror import Mirror
+    from jax_lowrank.study import execute, mirrored, prepare
     from jax_lowrank.train import DivergedError
 
     directory = Path(out or f"results/{study.name}")
     try:
         join(distributed, os.environ)
-        prepared = prepare(study, directory, note)
+        mirror = Mirror(address, directory, note)
+        prepared = prepare(study, directory, note, mirror=mirror)
     except (ValueError, OSError) as error:
         return fail(str(error))
     try:
@@ -140,7 +144,13 @@ def study_command(args: list[str]) -> int:
     if left:
         print(f"this shard is finished; {left} runs of other shards are not: no report yet")
         return 0
-    return once(lambda: write_report(directory))
+    code = once(lambda: write_report(directory))
+    if code == 0:
+        try:
+            once(lambda: mirrored.end(mirror))
+        except OSError as error:
+            return fail(str(error), 1)
+    return code
 
 
 def audit_command(args: list[str]) -> int:
@@ -188,11 +198,11 @@ def finetune_command(args: list[str]) -> int:
     from jax_lowrank.config import require
     from jax_lowrank.config_run import FinetuneSpec, default_method
 
-    prog = (
-        "jax-lowrank finetune [--out DIR] [--track DIR] [--dry-run [--devices N]] [--distributed]"
-    )
+    prog = "jax-lowrank finetune [--out DIR] [--mirror URL] [--track DIR] [--dry-run [--devices N]]"
+    prog += " [--distributed]"
     try:
         out, args = take_folder(args, "--out")
+        address, args = take_option(args, "--mirror")
         name, args = take_option(lengthen(args, {"--method.name": "--method"}), "--method")
         dry, args = take_flag(args, "--dry-run")
         devices, args = take_option(args, "--devices")
@@ -207,6 +217,7 @@ def finetune_command(args: list[str]) -> int:
     use_fast_memory()
     set_up_jax()
     from jax_lowrank import finetune, results
+    from jax_lowrank.mirror import Mirror, MirrorError
     from jax_lowrank.train import DivergedError
 
     try:
@@ -217,6 +228,7 @@ def finetune_command(args: list[str]) -> int:
             print(memory.plan(spec, int(devices)))
             return 0
         job = finetune.prepare(spec, out or "", note)
+        mirror = Mirror(address, job.out.absolute().parent, note)
         if dry:
             from jax_lowrank import dry_run
 
@@ -227,11 +239,14 @@ def finetune_command(args: list[str]) -> int:
         return fail(str(error))
     try:
         if record is None:
-            record = finetune.execute(job, note, curves if is_first() else None)
+            record = finetune.execute(job, note, mirror, curves if is_first() else None)
         else:
+            once(lambda: mirror.push(job.out.name))
             note(f"{job.out} is finished: this run was done before")
     except results.ResultsError as error:
         return fail(str(error))
+    except MirrorError as error:
+        return fail(str(error), 1)
     except (DivergedError, OSError) as error:
         return fail(f"{error}; nothing was written", 1)
     print("\n".join(finetune.summary(record)))

@@ -75,8 +75,8 @@ def take_folder(args: list[str], name: str) -> tuple[str | None, list[str]]:
     folder, args = take_option(args, name)
     require(
         folder is None or "://" not in folder,
-        f"{name} {folder} is the address of a store; results and checkpoints need a file system"
-        " with renaming and locks: mount one (such as NFS) and give its folder",
+        f"{name} {folder} is the address of a store, which can neither rename nor lock; give a"
+        f" local folder, and to study and finetune, for a copy in the store, --mirror URL",
     )
     return folder, args
 

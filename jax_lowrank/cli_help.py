@@ -6,6 +6,7 @@ jax-lowrank: what does low-rank fine-tuning leave behind, compared with full fin
 commands
   study CONFIG [--out DIR] [--FIELD VALUE ...]   run a study, or continue it, and report it;
         [--shard i/n]                            several workers may share one DIR
+        [--mirror URL]                           a copy of DIR in a store: gs://, s3://, file://
         [--track DIR]                            training curves for TensorBoard
         [--no-sweep]                             one run after the other, each in its own program
         [--distributed]                          one of several processes, see tpu_scripts/README.md
@@ -28,6 +29,8 @@ CONFIG is a Python file with a function config() that returns a Study, or FILE.p
 Results go to results/NAME; a run that is finished there is not run again.
 --shard i/n does every n-th run from i (0 to n-1) on, and what these need; without it,
 SLURM_ARRAY_TASK_ID/_COUNT or JOB_COMPLETION_INDEX/JOB_COMPLETIONS say it, or all is done.
+--mirror URL copies what is finished or saved, and first takes from there what DIR
+lacks. Machines that share nothing else share the runs by --shard.
 SIGTERM and Ctrl-C save a checkpoint and stop, a second one stops at once; the same command goes on.
 Exit codes: 0 done, 1 a run failed, 2 the input is wrong, 75 stopped by a signal (study, finetune),
 130 interrupted (other commands).
@@ -58,6 +61,7 @@ what to know
   --task KIND     text, completion, chat or classification, by the columns of the data if not given;
                   masked-lm hides 15 % of a text's tokens, others in every epoch
   --out DIR       where the run goes; default: under results/. The best epoch by validation is kept
+  --mirror URL    a copy of the run in a store (gs://, s3://, file://), at URL/NAME of its folder
   --track DIR     where training curves for TensorBoard go
   --dry-run       checks everything, prints configuration, sizes and memory, and writes no result;
                   with --devices N the memory on each of N accelerators, from config.json alone

@@ -25,10 +25,12 @@ from jax_lowrank.adapt.method import count, dtypes
 from jax_lowrank.checkpoint import Checkpoints
 from jax_lowrank.config import fingerprint, plain, require
 from jax_lowrank.config_run import DataSpec, FinetuneSpec
+from jax_lowrank.mirror import Mirror
 from jax_lowrank.models.head import Head
 from jax_lowrank.processes import is_first, once
 from jax_lowrank.progress import Progress
 from jax_lowrank.starting import Start, note_zero_rows, start
+from jax_lowrank.study.mirrored import checkpoints_of
 from jax_lowrank.study.parts import Text
 from jax_lowrank.study.prepare import load_text, note_uncut
 from jax_lowrank.study.training import fit, guards, make_program, progress_log
@@ -201,9 +203,9 @@ def make_batches(job: Job):
     return make(counted=encoded.counted)
 
 
-def execute(job: Job, note: Callable[[str], None], curves: Path | None = None) -> dict:
+def execute(job: Job, note: Callable, mirror: Mirror, curves: Path | None = None) -> dict:
     """Do the run, from its newest checkpoint where there is one, and write its directory, whole or
-    not at all; its record. curves: where to write TensorBoard's files, if anywhere.
+    not at all; its record. mirror: of the folder that it lies in. curves: for TensorBoard.
 
     Raises ResultsError while another process does the same run.
     """
@@ -212,16 +214,14 @@ def execute(job: Job, note: Callable[[str], None], curves: Path | None = None) -
         if not mine:
             raise results.ResultsError(f"another process is doing this run: {job.out}")
         once(lambda: results.clear_partial(job.out.absolute()))
-        checkpoints = Checkpoints(
-            place / job.fingerprint,
-            job.fingerprint,
-            seconds=job.spec.train.checkpoint_seconds,
-            note=note,
-        )
+        once(lambda: mirror.fetch(job.out.name))
+        check_place(job.out, job.fingerprint)
+        group, seconds = f"{place.name}/{job.fingerprint}", job.spec.train.checkpoint_seconds
+        checkpoints = checkpoints_of(mirror, group, job.fingerprint, seconds, note)
         try:
-            if record := finished(job):  # by another process, just before
-                return record
-            record = train_and_write(job, checkpoints, note, curves)
+            if (record := finished(job)) is None:  # nor by another just before
+                record = train_and_write(job, checkpoints, note, curves)
+            once(lambda: mirror.push(job.out.name))
             checkpoints.remove()
             return record
         except train.DivergedError:  # and would again

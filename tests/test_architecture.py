@@ -15,7 +15,7 @@ every_file = pytest.mark.parametrize("file", FILES)
 # Module -> the modules it may import; a name stands for itself and what lies below it. A package's
 # __init__ is its table and may import its own room. `study`, `export` and `cli` import everything.
 FLOOR_0 = ("config", "data", "sharding", "checkpoint", "results", "provenance", "progress")
-FLOOR_0 += ("signals", "workers", "tracking", "masking")
+FLOOR_0 += ("signals", "workers", "tracking", "masking", "mirror")
 ALLOWED = {
     **dict.fromkeys((*FLOOR_0, "adapt.method"), ()),
     **dict.fromkeys(("models.splash", "models.output", "models.weights"), ()),

@@ -109,6 +109,17 @@ def test_a_slice_is_made_used_and_made_again():
     assert command[-1].endswith("jax-lowrank study x.py --distributed --out /mnt/b")
 
 
+def test_a_store_takes_the_place_of_a_share():
+    text = printed("tpu.sh", "--dry-run", "keep", SHARE="", MIRROR="gs://b/x")
+    assert "mount" not in text and ".[tpu] gcsfs" in " ".join(shlex.split(text))
+    last = commands(text)[-1][-1]
+    assert last.endswith("--distributed --out /tmp/lowrank/lowrank/out --mirror gs://b/x")
+    *_, fetched = commands(printed("tpu.sh", "--dry-run", "fetch", MIRROR="gs://b/x", RESULTS="r"))
+    assert fetched == ["gcloud", "storage", "rsync", "--recursive", "gs://b/x", "r"]
+    (study,) = commands(printed("slurm/study.sbatch", "--dry-run", MIRROR="s3://b/x"))
+    assert study[-4:] == ["--out", "results/study", "--mirror", "s3://b/x"]
+
+
 # A preempted slice: gcloud's stand-in says SUSPENDED after the first run, ACTIVE otherwise.
 FAKE = """#!/usr/bin/env bash
 echo "$*" >> "$CALLS"
@@ -204,7 +215,7 @@ def test_a_wrong_manifest_is_seen():
 @pytest.mark.parametrize("script", SHELLS, ids=lambda path: path.name)
 def test_variables_stand_at_the_top(script):
     body = script.read_text()
-    named = set(re.findall(r"^([A-Z_]+)=\$\{\1:-", body, re.MULTILINE))
+    named = set(re.findall(r"^([A-Z_]+)=\$\{\1:?-", body, re.MULTILINE))
     used = set(re.findall(r"\$\{?([A-Z][A-Z_]+)", body)) - {"SLURM_JOB_ID", "NAMES"}
     assert used - {name for name in used if name.startswith("SLURM_")} <= named
     assert named

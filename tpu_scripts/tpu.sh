@@ -15,8 +15,11 @@ ZONE=${ZONE:-us-west4-a}                       # where there is quota for TYPE
 TYPE=${TYPE:-v5litepod-8}                      # accelerator type; 8 chips of v5e
 RUNTIME=${RUNTIME:-v2-alpha-tpuv5-lite}        # software version that fits TYPE
 SPOT=${SPOT:-1}                                # 1: cheaper, may be taken away; 0: on demand
-SHARE=${SHARE:-10.0.0.2:/lowrank}              # NFS export that all workers see; empty: none
-OUT=${OUT:-/mnt/lowrank/$NAME/out}             # results and checkpoints, in SHARE
+SHARE=${SHARE-10.0.0.2:/lowrank}               # NFS export that all workers see; empty: none
+MIRROR=${MIRROR:-}                             # gs:// address for a copy of OUT; empty: none
+disk=/tmp
+if [ -n "$SHARE" ]; then disk=/mnt; fi
+OUT=${OUT:-$disk/lowrank/$NAME/out}            # results and checkpoints, in SHARE
 COMMAND=${COMMAND:-study configs/demo.py}      # of jax-lowrank; OUT is added
 RESTARTS=${RESTARTS:-20}                       # how often `keep` makes the slice again
 POLL=${POLL:-30}                               # seconds between two looks at the state
@@ -65,7 +68,8 @@ setup() {
     go git archive --format tar.gz --output lowrank.tar.gz HEAD
     go gcloud compute tpus tpu-vm scp lowrank.tar.gz "$NAME:" "${where[@]}" --worker=all
     on_all "mkdir -p lowrank && tar xzf lowrank.tar.gz -C lowrank && cd lowrank \
-&& python3 -m venv .venv && .venv/bin/pip install -q -c constraints.txt -e .[tpu]"
+&& python3 -m venv .venv && .venv/bin/pip install -q -c constraints.txt -e .[tpu]\
+${MIRROR:+ gcsfs}"
     if [ -n "$SHARE" ]; then
         on_all "sudo apt-get install -qqy nfs-common && sudo mkdir -p /mnt/lowrank \
 && { mountpoint -q /mnt/lowrank || sudo mount -t nfs $SHARE /mnt/lowrank; } \
@@ -74,7 +78,8 @@ setup() {
 }
 
 run() {
-    on_all "cd lowrank && .venv/bin/jax-lowrank $COMMAND --distributed --out $OUT"
+    on_all "cd lowrank && .venv/bin/jax-lowrank $COMMAND --distributed --out $OUT\
+${MIRROR:+ --mirror $MIRROR}"
 }
 
 keep() {
@@ -92,6 +97,10 @@ keep() {
 }
 
 fetch() {
+    if [ -n "$MIRROR" ]; then
+        go mkdir -p "$RESULTS" && go gcloud storage rsync --recursive "$MIRROR" "$RESULTS"
+        return
+    fi
     go gcloud compute tpus tpu-vm scp --recurse "$NAME:$OUT" "$RESULTS" "${where[@]}" --worker=0
 }
 

@@ -17,8 +17,8 @@ from jax_lowrank.checkpoint import Checkpoints
 from jax_lowrank.config import MethodSpec, Run, TrainSpec, fingerprint, plain
 from jax_lowrank.processes import once
 from jax_lowrank.progress import Progress
-from jax_lowrank.study import membership
-from jax_lowrank.study.packs import Packing, opened, tidy
+from jax_lowrank.study import membership, mirrored
+from jax_lowrank.study.packs import Packing, begun, opened, tidy
 from jax_lowrank.study.parts import Examples, Prepared
 from jax_lowrank.study.schedule import Named, Schedule, needed, slots_of
 from jax_lowrank.study.training import (
@@ -52,6 +52,8 @@ def execute(
     """
     p = prepared
     describe(p)
+    once(lambda: mirrored.begin(p))
+    packs = once(lambda: list(begun(p.out)))
     train_rows, held_out = (p.kind.examples(p, split) for split in ("train", "validation"))
     batches = p.kind.batches(p, train_rows, 0)
     batches_of = {"shadow": shadow_batches(p)} if p.study.membership else {}
@@ -91,7 +93,8 @@ def execute(
         )
         schedule.work(mine)
     once(lambda: tidy(p.out))
-    records = [schedule.record(slot) for slot in slots]
+    once(lambda: mirrored.tidy(p, packs))
+    records = [schedule.shared(slot) for slot in slots]
     if None not in records:
         once(lambda: results.set_runs(p.out, [record["fingerprint"] for record in records]))
     return records.count(None)
@@ -179,7 +182,7 @@ class Cell(NamedTuple):
         if isinstance(fitted, train.DivergedError):
             self.progress.note(f"{one.label}: diverged, {fitted}")
             record["diverged"] = {"step": fitted.step, "loss": str(fitted.loss)}
-            once(lambda: results.write_run(p.out, record, one.log))
+            mirrored.write_run(p, record, one.log)
             return record
         record |= {
             "num_steps": fitted.num_steps,
@@ -206,7 +209,7 @@ class Cell(NamedTuple):
         if run.kind == "final":
             said = p.kind.summary(p, record, measured[0])
             weights = models.by_path(fitted.trainable)
-        once(lambda: results.write_run(p.out, record, log, *measured, weights=weights))
+        mirrored.write_run(p, record, log, measured, weights)
         self.progress.note(f"{label}: {said}")
 
     def evaluated(self, program: Program, trainable, frozen) -> tuple[Callable, tuple]:
@@ -234,7 +237,7 @@ def shadow_batches(p: Prepared):
 def checkpoints_of(p: Prepared, name: str, note: Callable[[str], None]) -> Checkpoints:
     """Those of a run or a pack."""
     seconds = p.study.train.checkpoint_seconds
-    return Checkpoints(p.out / "checkpoints" / name, name, seconds=seconds, note=note)
+    return mirrored.checkpoints_of(p.mirror, f"checkpoints/{name}", name, seconds, note)
 
 
 def train_pack(
@@ -275,6 +278,7 @@ def train_pack(
         for cell, one, fitted in zip(own, each, trained, strict=True):
             if one.record["fingerprint"] in wanted:
                 records[one.record["fingerprint"]] = cell.end(one, fitted)
+    once(lambda: p.mirror.keep(f"checkpoints/{pack}"))
     return [records[one.name] for one in named]
 
 
@@ -329,7 +333,7 @@ def run_base(p: Prepared, note: Callable) -> dict:
     base_apply = bind_to(p.model.graphdef, p.mesh)
     arrays, completions = p.kind.measure(p, run, base_apply, (p.model.params,))
     record["seconds"]["evaluate"] = round(time.perf_counter() - began, 3)
-    once(lambda: results.write_run(p.out, record, [], arrays, completions))
+    mirrored.write_run(p, record, [], (arrays, completions))
     note(f"base: {p.kind.summary(p, record, arrays)}")
     return record
 

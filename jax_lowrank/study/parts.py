@@ -10,6 +10,7 @@ import numpy as np
 
 from jax_lowrank import data, models, results, sweep
 from jax_lowrank.config import Run, Study
+from jax_lowrank.mirror import Mirror
 
 
 class Text(NamedTuple):
@@ -94,3 +95,4 @@ class Prepared(NamedTuple):
     pretrained: dict | None  # how it was pretrained, when it was made here
     weights_hash: str
     mesh: Any  # jax.sharding.Mesh, or None for one device
+    mirror: Mirror

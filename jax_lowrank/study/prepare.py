@@ -18,10 +18,12 @@ from jax_lowrank.adapt import METHODS
 from jax_lowrank.adapt.method import count
 from jax_lowrank.checkpoint import Checkpoints
 from jax_lowrank.config import ConfigError, Study, fingerprint, nearest, require
+from jax_lowrank.mirror import Mirror
 from jax_lowrank.processes import once
 from jax_lowrank.progress import Progress, clock
 from jax_lowrank.study import membership
 from jax_lowrank.study.kinds import kind_of
+from jax_lowrank.study.mirrored import checkpoints_of
 from jax_lowrank.study.parts import Prepared, Text
 from jax_lowrank.study.training import fit, make_program, mean_nll, progress_log, train_batches
 from jax_lowrank.workers import has_locks, turn
@@ -30,15 +32,20 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt
 
 
 def prepare(
-    study: Study, out: Path, note: Callable[[str], None], devices: list | None = None
+    study: Study,
+    out: Path,
+    note: Callable[[str], None],
+    devices: list | None = None,
+    mirror: Mirror | None = None,
 ) -> Prepared:
     """Check everything that can be checked before work starts, and make the base model.
 
-    devices: of the mesh, in their order; None: all.
+    devices: of the mesh, in their order; None: all. mirror: of `out`.
 
     Raises ValueError (ConfigError, TaskError, WeightsError, ...) or OSError, in one sentence.
     """
     check_writable(out)
+    mirror = mirror or Mirror(None, out)
     if not has_locks(out / "claims"):
         note(f"{out} has no file locks: run one worker at a time there")
     mesh = sharding.make_mesh(*vars(study.mesh).values(), devices)
@@ -56,7 +63,7 @@ def prepare(
     else:
         text = world_text(task)
         check_methods(study, new_model(study, text.vocab_size))
-        directory = pretrain(study, task, text, out, note, mesh)
+        directory = pretrain(study, task, text, mirror, note, mesh)
         source = "pretrained here"
     text = load_text(directory)
     model, drawn = load_model(directory, dtype, kind.head(task), study.tune_seed, mesh)
@@ -68,7 +75,7 @@ def prepare(
     pretrained = provenance.read_json(directory / "pretrain.json")
     weights_hash = provenance.hash_files(directory)
     parts = (kind, task, scorer, text, model, drawn, source, pretrained, weights_hash, mesh)
-    return Prepared(study, out, *parts)
+    return Prepared(study, out, *parts, mirror)
 
 
 def load_model(
@@ -175,31 +182,31 @@ def check_methods(study: Study, model: models.Model) -> None:
             METHODS[spec.name](**spec.options()).split(jax.random.key(0), model)
 
 
-def pretrain(study: Study, task, text: Text, out: Path, note: Callable, mesh) -> Path:
+def pretrain(study: Study, task, text: Text, mirror: Mirror, note: Callable, mesh) -> Path:
     """Make the base model, or find the one made before; a Hugging Face directory."""
-    spec = study.pretrain
+    spec, out = study.pretrain, mirror.folder
     name = fingerprint(
         study.model, spec, tasks.data_hash(task), provenance.code_hash(), study.tune_seed
     )
-    final = out / "base" / name
+    final, group = out / "base" / name, f"checkpoints/base-{name}"
     waiting = f"base model: another worker makes {final}"
     with turn(out / "claims" / f"base-{name}", lambda: note(waiting)):
+        once(lambda: mirror.fetch(f"base/{name}"))
         if once(lambda: (final / "config.json").is_file()):
             note(f"base model: found {final}")
-            left = base_checkpoints(final)  # of one killed at its end
-            once(lambda: shutil.rmtree(left, ignore_errors=True))
+            once(lambda: shutil.rmtree(out / group, ignore_errors=True))  # of one killed at its end
         else:
             once(lambda: results.clear_partial(final))
-            make_base(study, task, text, final, note, mesh)
+            checkpoints = checkpoints_of(mirror, group, name, spec.checkpoint_seconds, note)
+            make_base(study, task, text, final, checkpoints, note, mesh)
+        once(lambda: mirror.push(f"base/{name}"))
+        once(lambda: mirror.keep(group))
     return final
 
 
-def base_checkpoints(final: Path) -> Path:
-    """Where the checkpoints of a base model's pretraining are."""
-    return final.parents[1] / "checkpoints" / f"base-{final.name}"
-
-
-def make_base(study: Study, task, text: Text, final: Path, note: Callable, mesh) -> None:
+def make_base(
+    study: Study, task, text: Text, final: Path, checkpoints: Checkpoints, note: Callable, mesh
+) -> None:
     """Pretrain the base model, and write it to `final`."""
     spec = study.pretrain
     model = new_model(study, text.vocab_size)
@@ -212,12 +219,6 @@ def make_base(study: Study, task, text: Text, final: Path, note: Callable, mesh)
         encode(task.splits["pretrain"].texts), spec, study.tune_seed, text.pad_id, mesh
     )
     program = make_program(spec, method, graphdef, trainable)
-    checkpoints = Checkpoints(
-        base_checkpoints(final),
-        final.name,
-        seconds=spec.checkpoint_seconds,
-        note=note,
-    )
     note(f"pretraining {model.family}, {count(trainable):,} parameters")
     with Progress(train.num_steps(batches, spec.epochs)) as progress:
         fitted = fit(

@@ -133,6 +133,12 @@ class Schedule:
                 self.skipped(named.run)
         return self.records.get(slot)
 
+    def shared(self, slot: Slot) -> dict | None:
+        """`record`, also of a run that another machine has put into the mirror."""
+        if slot not in self.records and (named := self.named(slot)) is not None:
+            once(lambda: self.prepared.mirror.fetch(f"runs/{named.name}"))
+        return self.record(slot)
+
     def named(self, slot: Slot) -> Named | None:
         """The run of a slot; None while its learning rate is not chosen. Raises DivergedError where
         none can be."""
@@ -165,6 +171,8 @@ class Schedule:
         """Whether a run is to be done here: unfinished, and claimed until `held` is closed."""
         out, (run, name) = self.prepared.out, self.runs[slot]
         mine = held.enter_context(claim(out / "claims" / name))
+        if mine:  # perhaps by another machine
+            once(lambda: self.prepared.mirror.fetch(f"runs/{name}"))
         record = once(lambda: results.finished(out, name))  # perhaps by another, just before
         if record is None:
             if mine:
