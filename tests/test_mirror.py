@@ -3,6 +3,7 @@
 import random
 import shutil
 import signal
+import subprocess
 import sys
 import time
 
@@ -197,6 +198,52 @@ def test_a_checkpoint_whose_copy_fails_is_on_disk_and_the_error_surfaces(tmp_pat
     assert restored.state["a"].tolist() == [0, 1, 2, 3]
 
 
+PUSHING = """
+import sys
+from pathlib import Path
+from jax_lowrank.mirror import Mirror
+mirror = Mirror(sys.argv[1], Path(sys.argv[2]))
+print("begins", flush=True)
+for n in range(40):
+    mirror.keep("checkpoints/c", [f"{n:02d}", f"{n - 1:02d}"] if n else ["00"])
+    mirror.push(f"runs/{n:02d}")
+"""
+
+
+def test_what_a_killed_process_pushed_is_whole_or_absent(tmp_path):
+    here, url = tmp_path / "here", f"file://{tmp_path}/store"
+    rng = random.Random(3)
+    for n in range(40):
+        for group in ("runs", "checkpoints/c"):
+            (here / group / f"{n:02d}").mkdir(parents=True)
+            for name in "abc":
+                data = rng.randbytes(rng.choice((10, 3_000_000)))
+                (here / group / f"{n:02d}" / name).write_bytes(data)
+    said, kills = [], 0
+    line = [sys.executable, "-c", PUSHING, url, str(here)]
+    for attempt in range(6):
+        with subprocess.Popen(line, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout.readline() == "begins\n"
+            time.sleep(rng.uniform(0, 0.15))
+            process.kill()
+        kills += process.returncode == -signal.SIGKILL
+        there = tmp_path / f"there-{attempt}"
+        other = Mirror(url, there, said.append)
+        for group in ("runs", "checkpoints/c"):
+            other.fetch_all(group)
+        found = contents(there)
+        assert all((here / path).read_bytes() == data for path, data in found.items())
+        assert len(found) % 3 == 0
+        shutil.rmtree(there)
+    assert kills >= 4
+    torn = "its list of files is damaged"  # killed while that was written: named, and absent
+    assert all(torn in one for one in said), said
+    subprocess.run(line, check=True, capture_output=True)
+    last = Mirror(url, tmp_path / "last", said.append)
+    assert len(last.units("runs")) == 40 and last.units("checkpoints/c") == ["38", "39"]
+    assert last.groups("checkpoints/c") == ["38", "39"]
+
+
 SMALL = CONFIG.replace("(1, 2)", "(1,)").replace(', MethodSpec("full", (1e-3,))', ",")
 SMALL = SMALL.replace("1280", "256").replace('"num_train": 64', '"num_train": 32')
 
@@ -274,39 +321,3 @@ def test_a_finetuned_run_comes_back_too(tmp_path, monkeypatch, capsys):
     shutil.rmtree(out)
     code, said = run([*line, "--seed", "7"], monkeypatch, capsys)
     assert code == 2 and "holds a run of other settings, data or code" in said
-
-
-@pytest.mark.slow
-def test_a_study_that_is_killed_and_loses_its_folder_ends_with_the_same_bits(tmp_path, forks):
-    long = SMALL.replace("max_length=24", "max_length=24, epochs=3, checkpoint_seconds=0.0")
-    long = long.replace("epochs=1, ", "steps_per_call=2, ")
-    (tmp_path / "tiny.py").write_text(long)
-    line = ["jax_lowrank.cli", "study", tmp_path / "tiny.py", "--out"]
-    whole = forks.start(*line, tmp_path / "whole")
-    assert whole.wait(900) == 0, whole.said()
-    rng, out, store = random.Random(5), tmp_path / "out", tmp_path / "store"
-    kills, said, saved = 0, "", 0
-
-    def copied():
-        return set((store / "complete").rglob("*.json"))
-
-    while True:
-        before, session = copied(), forks.start(*line, out, "--mirror", f"file://{store}")
-        saved += any("checkpoints" in path.parts for path in before)
-        session.until(lambda: session.poll() is not None or copied() - before, 900)  # noqa: B023
-        time.sleep(rng.uniform(0, 0.5))
-        if kills == 6 or session.poll() is not None:
-            break
-        session.send_signal(signal.SIGKILL)
-        session.wait(900)
-        kills, said = kills + 1, said + session.said()
-        shutil.rmtree(out)
-    assert session.wait(900) == 0, session.said()
-    said += session.said()
-    print(f"{kills} kills")
-    torn = "its list of files is damaged"  # killed while it was written: absent, and said so
-    assert kills >= 4 and saved >= 2 and "damaged" not in said.replace(torn, "")
-    same(outputs(out), outputs(tmp_path / "whole"))
-    assert store.joinpath("report", "index.html").is_file()
-    assert not any(p.is_file() for p in (store / "checkpoints").rglob("*"))
-    assert not list((store / "complete" / "checkpoints").rglob("*.json"))
