@@ -3,7 +3,6 @@
     jax-lowrank study configs/hate_speech.py       (an estimate: half an hour on 2 CPU cores)
     jax-lowrank study configs/hate_speech.py:smoke    (2 minutes)
     jax-lowrank study configs/hate_speech.py:imbalanced        (one class and two groups made rare)
-    jax-lowrank study configs/hate_speech.py:ranks             (every rank and scale, five seeds)
 
 The utility and calibration half of arXiv 2405.17512: LoRA, full fine-tuning and head-only training
 beside each other on HateXplain (normal against offensive or hateful; groups are the communities
@@ -52,28 +51,6 @@ def config() -> Study:
         seeds=(1, 2, 3),
         rows={"validation_fraction": 0.05, "test_fraction": 0.4, "max_train": 640},
         epochs=2,
-    )
-
-
-def ranks() -> Study:
-    """Seven ranks at alpha = 16, alpha = 2 r and rsLoRA, rank 1 on parts of the layers; five seeds.
-
-    239 runs: some hours on 2 CPU cores (an estimate).
-    """
-    numbers, rates = (1, 2, 4, 8, 16, 32, 64), LORA_RATES
-    lora = [MethodSpec("lora", rates, rank=r, alpha=16.0) for r in numbers]
-    lora += [MethodSpec("lora", rates, rank=r, alpha=2.0 * r) for r in numbers if r != 8]
-    lora += [MethodSpec("lora", rates, rank=r, alpha=16.0, rslora=True) for r in numbers if r > 1]
-    lora += [
-        MethodSpec("lora", rates, rank=1, alpha=16.0, layer_fraction=fraction, layers=place)
-        for fraction in (0.25, 0.5, 0.75)
-        for place in ("first", "last", "random")
-    ]
-    whole = config()
-    full, head = whole.methods[0], whole.methods[-1]
-    seeds = (1, 2, 3, 4, 5)
-    return dataclasses.replace(
-        whole, name="hate_speech_ranks", methods=(full, *lora, head), seeds=seeds
     )
 
 

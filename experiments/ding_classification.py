@@ -3,15 +3,16 @@
     python experiments/ding_classification.py results/ding_* --out DIR
 
 Reads finished classification studies, one a model and attribute (configs/ding_llama2.py,
-configs/ding_mistral.py, or configs/hate_speech.py), and writes DIR/tables.md: every table of this
-part of the paper, and DIR/figures.html: every figure. No texts: logits, groups and labels suffice.
+configs/ding_mistral.py, configs/hate_speech.py or configs/ding_ranks.py), and writes DIR/tables.md:
+every table of this part of the paper, and DIR/figures.html: every figure. No texts: logits, groups
+and labels suffice.
 
 | of the paper's scripts | here |
 |---|---|
 | accuracy, F1 and confusion by subgroup, over seeds | `accuracy_by_group`, report/results.csv |
 | demographic parity and equalized odds | `gap_table`, beside their chance values |
 | calibration by subgroup | `calibration_by_group`, `figures.reliability` |
-| ranks, fractional ranks | `figures.by_rank` |
+| ranks, fractional ranks | `figures.by_rank`; beside attacks: ding_ranks.py |
 | accuracy against subgroup size | `figures.by_size` |
 | LoRA run whose F1 matches full fine-tuning | `difference_table`, row "LoRA at ..." |
 | membership inference | `attack_table`, report/membership.csv, `Audit.figures` |
@@ -164,25 +165,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     sections, pages = [], []
-    from markupsafe import Markup
-
-    environment = page.environment()
     for directory in arguments.studies:
         result = results.read_study(directory)
         case = numbers.arrange(result)
         sections.append(described(case, result))
-        body = environment.get_template("figures.html")
-        shown = body.render(figures=drawn(case, result), markup=Markup)
-        pages.append(f"<h1>{case.grid.study['name']}</h1>\n{shown}")
-    style = environment.get_template("style.css").render()
+        pages.append((case.grid.study["name"], drawn(case, result)))
     arguments.out.mkdir(parents=True, exist_ok=True)
     (arguments.out / "tables.md").write_text("\n".join(sections), encoding="utf-8")
-    html = (
-        '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport"'
-        f' content="width=device-width"><title>Figures</title><style>{style}</style>'
-        f"<body><main>{''.join(pages)}</main></body></html>\n"
-    )
-    (arguments.out / "figures.html").write_text(html, encoding="utf-8")
+    (arguments.out / "figures.html").write_text(page.of_figures(pages), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -126,6 +126,11 @@ def test_series_join_ranks_whatever_alpha_does(planted):
         "LoRA alpha=16": [(8, "LoRA r=8")],
         "LoRA alpha=32": [(4, "LoRA r=4 alpha=32"), (8, "LoRA r=8 alpha=32")],
     }
+    # Alpha fixed, and twice the rank: what both give is on both lines.
+    assert series_of((4, 16), (8, 16), (16, 16), (4, 8), (16, 32)) == {
+        "LoRA alpha=16": [(4, "LoRA r=4"), (8, "LoRA r=8"), (16, "LoRA r=16")],
+        "LoRA alpha=2r": [(4, "LoRA r=4 alpha=8"), (8, "LoRA r=8"), (16, "LoRA r=16 alpha=32")],
+    }
 
 
 def test_answer_follows_the_verdicts(planted, tmp_path):

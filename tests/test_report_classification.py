@@ -262,6 +262,45 @@ def test_das_disparity_over_classes_and_groups(case, study):
     assert float(groups["LoRA r=1"][3]) < 0.05 and groups["full fine-tuning"][-1] == "–"
 
 
+def test_the_heat_map_has_room_for_many_long_names(case):
+    def shape(labels):
+        outputs = dict.fromkeys(labels, case.outputs["LoRA r=1"])
+        many = case._replace(outputs=outputs)
+        (panel, *_) = figures.heat_map(many, numbers.distances(many)).panels
+        return [float(x) / 72 for x in re.search(r'viewBox="0 0 (\S+) (\S+)"', panel.svg).groups()]
+
+    few = shape(["head only", "LoRA r=1", "full fine-tuning"])
+    assert few[0] == pytest.approx(4.4)
+    ranks = [f"LoRA r={r} alpha={2 * r} (first 0.25 of layers)" for r in range(100, 130)]
+    long, many = shape(ranks[:2]), shape(ranks)  # constrained_layout would warn, an error here
+    assert long[0] == few[0] and long[1] > few[1] + 1.5
+    assert many[1] > 30 * 0.27 and many[0] < 6  # methods downwards
+
+
+def test_dings_ranks_are_drawn_by_rule_with_attacks_beside_them(tmp_path, monkeypatch):
+    ranks = script("ding_ranks")
+    memory = {1: 0.2, 4: 1.0, "full": 1.0}
+    result = report_classification.write(tmp_path / "s", seeds=(1, 2), memory=memory)
+    monkeypatch.setattr("sys.argv", ["x", str(tmp_path / "s"), "--out", str(tmp_path / "out")])
+    ranks["main"]()
+    case = numbers.arrange(result)
+    found = ranks["measured"](case, result)
+    assert list(found) == [*(numbers.TITLES[name] for name in ranks["METRICS"]), ranks["AUC"]]
+    low, high = (found[ranks["AUC"]][f"LoRA r={r}"] for r in (1, 4))
+    assert low.value < 0.75 < 0.9 < high.value and low.low < low.value < low.high
+    assert len(low.per_seed) == 2 and "head only" not in found[ranks["AUC"]]
+    lines = (tmp_path / "out" / "ranks.md").read_text().splitlines()
+    assert [line.split(" | ")[:2] for line in lines[4:]] == [
+        ["| LoRA", "1"],
+        ["| LoRA", "4"],
+        ["| head only", "–"],
+        ["| full fine-tuning", "–"],
+    ]
+    assert f"| {high.value:.3f} [" in lines[5] and lines[6].endswith("| – |")
+    page = (tmp_path / "out" / "ranks.html").read_text()
+    assert page.count("<svg") == 5 and "AUC of the membership attack" in page
+
+
 def test_rank_one_in_a_share_of_the_layers_is_a_rank_below_one():
     method = {"alpha": 16.0, "layers": "first", "layer_fraction": 0.25}
     record = {"label": "LoRA r=1 (qv, first 0.25 of layers)", "rank": 1, "method": method}

@@ -68,7 +68,7 @@ def by_rank(grid: Grid, summary: Summary) -> Figure | None:
         " prompts, so differences are known more precisely than these bars suggest: read the table"
         " above for them. A missing point is undefined; the method table says why."
     )
-    keys = [*_series_keys(grid), Key("base", "╌", "base")]
+    keys = [*series_keys(grid), Key("base", "╌", "base")]
     keys += [Key("full", "━", "full fine-tuning")] if grid.full else []
     return Figure("by-rank", "What survives, by rank", caption, [p for p in panels if p], keys)
 
@@ -111,7 +111,7 @@ def divergences(grid: Grid, summary: Summary) -> Figure | None:
         " how far a method still is from full fine-tuning (the dashed line is the base model's"
         " distance), and how far it moved from the base (the solid line is full fine-tuning's)."
     )
-    keys = [*_series_keys(grid), Key("base", "╌", "base"), Key("full", "━", "full fine-tuning")]
+    keys = [*series_keys(grid), Key("base", "╌", "base"), Key("full", "━", "full fine-tuning")]
     return Figure("kl", "How far the posteriors moved", caption, [p for p in panels if p], keys)
 
 
@@ -343,7 +343,8 @@ def _line_styles(grid: Grid) -> dict[str, tuple[str, str, str]]:
     return styles | ({grid.full: ("full", "D", "━◆━")} if grid.full else {})
 
 
-def _series_keys(grid: Grid) -> list[Key]:
+def series_keys(grid: Grid) -> list[Key]:
+    """The legend of figures with a line a series."""
     names = grids.rank_series(grid)
     return [
         Key(_series_color(place), GLYPHS[place % len(GLYPHS)], name)

@@ -121,16 +121,38 @@ def size(record: dict) -> float:
 def rank_series(grid: Grid) -> dict[str, list[tuple[float, str]]]:
     """series -> its (size, label), by size: what one line of a figure joins.
 
-    Where a rank occurs with several alphas, each alpha is a series of its own.
+    Where a rank occurs with several alphas, each rule for alpha is a series of its own.
     """
-    found: dict[str, list[tuple[float, str]]] = {}
-    cells = [(series(grid.record(label)), size(grid.record(label))) for label in grid.lora]
-    split = {name for name, rank in cells if cells.count((name, rank)) > 1}
-    for label, (name, rank) in zip(grid.lora, cells):
-        if name in split:
-            name = f"{name} alpha={grid.record(label)['method']['alpha']:g}"
-        found.setdefault(name, []).append((rank, label))
-    return {name: sorted(pairs) for name, pairs in found.items()}
+    found: dict[str, dict[str, float]] = {}
+    for label in grid.lora:
+        record = grid.record(label)
+        found.setdefault(series(record), {})[label] = size(record)
+    lines = {}
+    for name, sizes in found.items():
+        rules = {"": list(sizes)}
+        if len(set(sizes.values())) < len(sizes):
+            rules = _alpha_rules({label: grid.record(label) for label in sizes})
+        for rule, labels in rules.items():
+            lines[name + rule] = sorted((sizes[label], label) for label in labels)
+    return lines
+
+
+def _alpha_rules(records: dict[str, dict]) -> dict[str, list[str]]:
+    """Rule -> labels: alpha fixed, or so many times the rank; few rules that cover all labels.
+
+    A method that two rules give is in both.
+    """
+    fixed, following = {}, {}
+    for label, record in records.items():
+        alpha = record["method"]["alpha"]
+        fixed.setdefault(f" alpha={alpha:g}", []).append(label)
+        following.setdefault(f" alpha={alpha / record['rank']:g}r", []).append(label)
+    rules, kept, left = fixed | following, {}, set(records)
+    while left:
+        rule = max(rules, key=lambda name: len(left.intersection(rules[name])))
+        kept[rule] = rules[rule]
+        left -= set(rules[rule])
+    return kept
 
 
 def common_seeds(grid: Grid, labels: Sequence[str]) -> tuple[int, ...]:

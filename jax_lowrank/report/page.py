@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -110,6 +111,23 @@ def render(grid: Grid, found: list[claims.Claim], summary: tables.Summary) -> st
             num_completions=grid.base.arrays["tuned/harm"].shape[1],
             palette=drawing.NUM_RANK_COLORS,
         )
+    )
+
+
+def of_figures(parts: Sequence[tuple[str, list[figures.Figure]]]) -> str:
+    """A page of figures alone, under their headings, as one HTML text."""
+    from markupsafe import Markup, escape
+
+    template = environment().get_template("figures.html")
+    shown = [
+        f"<h1>{escape(heading)}</h1>\n{template.render(figures=made, markup=Markup)}"
+        for heading, made in parts
+    ]
+    style = environment().get_template("style.css").render()
+    return (
+        '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport"'
+        f' content="width=device-width"><title>Figures</title><style>{style}</style>'
+        f"<body><main>{''.join(shown)}</main></body></html>\n"
     )
 
 

@@ -15,10 +15,11 @@ from jax_lowrank.report.classification.numbers import (
     GroupRow,
 )
 from jax_lowrank.report.drawing import COLORS, Key, Panel, panel
-from jax_lowrank.report.figures import Figure, rank_axis, rank_line
+from jax_lowrank.report.figures import Figure, rank_axis, rank_line, series_keys
 from jax_lowrank.report.tables import Estimate
 
 CURVES = (*effects.METRICS, "nll")
+LETTER = 0.075  # inches of a label, at most
 NUM_BINS = 10  # of reliability diagrams: fewer than of the ECE, so that groups show something
 ROLES = {"head": ("s", "■"), "low": ("o", "●"), "high": ("^", "▲"), "full": ("D", "◆")}
 COLOR_OF = {"head": "base", "low": "low", "high": "high", "full": "full"}
@@ -63,17 +64,21 @@ def by_rank(case: Case, summary: dict[str, dict[str, Estimate]]) -> Figure | Non
     """Every metric against the rank, with head-only and full fine-tuning as levels."""
     if not case.grid.lora:
         return None
-    panels = [_curve(case, TITLES[name], summary[name]) for name in CURVES if name in summary]
+    panels = [curve(case, TITLES[name], summary[name]) for name in CURVES if name in summary]
     caption = (
         "Rank on a log₂ axis, alpha as configured. Lines join means over seeds; bars are intervals"
         " over rows and seeds (calibration: over rows); small dots are single seeds. Head-only"
         " training (dashed) and full fine-tuning (solid, with the band of its seeds) are levels."
         " Methods see the same rows, so differences are known better than bars suggest."
     )
-    keys = [Key("lora", "●", "LoRA")]
+    return Figure("by-rank", "By rank", caption, panels, curve_keys(case))
+
+
+def curve_keys(case: Case) -> list[Key]:
+    """The legend of `curve`."""
+    keys = series_keys(case.grid)
     keys += [Key("base", "╌", HEAD)] if HEAD in case.outputs else []
-    keys += [Key("full", "━", "full fine-tuning")] if case.grid.full else []
-    return Figure("by-rank", "By rank", caption, panels, keys)
+    return keys + ([Key("full", "━", "full fine-tuning")] if case.grid.full else [])
 
 
 def forest(case: Case, pairs: list[effects.Effects]) -> Figure | None:
@@ -182,9 +187,10 @@ def by_size(case: Case, groups: dict[str, list[GroupRow]]) -> Figure | None:
     return Figure("size", "Group size", caption, [made], keys_of(case))
 
 
-def _curve(case: Case, title: str, values: dict[str, Estimate]) -> Panel:
+def curve(case: Case, title: str, values: dict[str, Estimate]) -> Panel:
+    """What LoRA methods have against the rank, a line a series; the others are levels."""
     lines = {
-        name: [(rank, values[label]) for rank, label in pairs]
+        name: [(rank, values[label]) for rank, label in pairs if label in values]
         for name, pairs in grids.rank_series(case.grid).items()
     }
     levels = {
@@ -195,7 +201,8 @@ def _curve(case: Case, title: str, values: dict[str, Estimate]) -> Panel:
 
     def draw(axes) -> None:
         for place, pairs in enumerate(lines.values()):
-            rank_line(axes, place, pairs)
+            if pairs:
+                rank_line(axes, place, pairs)
         for role, level in levels.items():
             dashes = (0, (4, 2)) if role == "base" else "-"
             axes.axhline(level.value, color=COLORS[role], ls=dashes, lw=1.6, zorder=1)
@@ -206,7 +213,9 @@ def _curve(case: Case, title: str, values: dict[str, Estimate]) -> Panel:
 
     names = {"base": HEAD, "full": "full"}
     parts = [f"{names[role]} {level.value:.3g}" for role, level in levels.items()]
-    parts += [f"rank {rank}: {e.value:.3g}" for pairs in lines.values() for rank, e in pairs]
+    parts += [
+        f"{name} rank {rank:g}: {e.value:.3g}" for name, pairs in lines.items() for rank, e in pairs
+    ]
     return panel(title, "; ".join(parts), draw)
 
 
@@ -238,18 +247,25 @@ def _forest_panel(title: str, found: dict, margin: float) -> Panel:
 
 
 def _heat_panel(case: Case, rate: str, found: list[Distance]) -> Panel:
-    labels, groups = list(case.outputs), list(case.names)
+    groups, labels = list(case.names), list(case.outputs)
     by_cell = {(each.group, each.label): each for each in found}
     known = [abs(d.found.estimate) for d in found if not np.isnan(d.found.estimate)]
     largest = max(known, default=1.0) or 1.0
+    down = len(labels) > len(groups)  # the longer list is read downwards, where a page has room
+    rows, columns = (labels, groups) if down else (groups, labels)
+    wide, high = (LETTER * max(len(_short(name)) for name in names) for names in (rows, columns))
+    angle = 30 if high < 0.75 else 90
+    width = max(4.4, 0.3 + wide + 0.44 * len(columns))
+    height = 0.66 + 0.27 * len(rows) + high * np.sin(np.radians(angle))
 
     def draw(axes) -> None:
         from matplotlib.patches import Rectangle
 
         axes.grid(False)
-        for y, group in enumerate(groups):
-            for x, label in enumerate(labels):
-                value = by_cell[group, label].found.estimate
+        for y, row in enumerate(rows):
+            for x, column in enumerate(columns):
+                each = by_cell[(column, row) if down else (row, column)]
+                value = each.found.estimate
                 if np.isnan(value):
                     axes.text(x, y, "·", ha="center", va="center", color=COLORS["muted"])
                     continue
@@ -257,21 +273,20 @@ def _heat_panel(case: Case, rate: str, found: list[Distance]) -> Panel:
                 shade = 0.75 * abs(value) / largest
                 box = Rectangle((x - 0.5, y - 0.5), 1, 1, color=COLORS[role], alpha=shade, lw=0)
                 axes.add_patch(box)
-                star = "*" if by_cell[group, label].p_adjusted < 0.05 else ""
+                star = "*" if each.p_adjusted < 0.05 else ""
                 axes.text(x, y, f"{value:+.2f}{star}", ha="center", va="center", fontsize=7)
-        axes.set_xticks(range(len(labels)), [_short(name) for name in labels])
-        axes.tick_params(axis="x", labelrotation=30)
-        axes.set_yticks(range(len(groups)), groups)
-        axes.set_xlim(-0.5, len(labels) - 0.5)
-        axes.set_ylim(len(groups) - 0.5, -0.5)
+        axes.set_xticks(range(len(columns)), [_short(name) for name in columns])
+        axes.tick_params(axis="x", labelrotation=angle)
+        axes.set_yticks(range(len(rows)), [_short(name) for name in rows])
+        axes.set_xlim(-0.5, len(columns) - 0.5)
+        axes.set_ylim(len(rows) - 0.5, -0.5)
 
     alt = "; ".join(
         f"{d.group}, {d.label}: {d.found.estimate:+.2f}{'*' if d.p_adjusted < 0.05 else ''}"
         for d in found
         if not np.isnan(d.found.estimate)
     )
-    title = f"{TITLES[rate]}, group minus rest"
-    return panel(title, alt, draw, 4.4, 1.0 + 0.27 * len(groups))
+    return panel(f"{TITLES[rate]}, group minus rest", alt, draw, width, height)
 
 
 def _reliability_panel(case: Case, name: str, inside: np.ndarray) -> Panel:
