@@ -16,6 +16,7 @@ from test_report_page import _read
 from jax_lowrank.evaluation import calibration
 from jax_lowrank.evaluation.probabilities import smooth_calibration_error
 from jax_lowrank.report import drawing, kinds
+from jax_lowrank.report import figures as report_figures
 from jax_lowrank.report import grid as grids
 from jax_lowrank.report.classification import (
     answer,
@@ -309,6 +310,13 @@ def test_rank_one_in_a_share_of_the_layers_is_a_rank_below_one():
     whole = {**record, "label": "LoRA r=8 (qv)", "rank": 8}
     whole["method"] = {**method, "layer_fraction": 1.0}
     assert grids.size(whole) == 8 and grids.series(whole) == "LoRA (qv)"
+
+
+def test_ticks_of_near_ranks_have_one_label():
+    shown = report_figures.rank_labels([0.25, 0.5, 0.75, 1, 2, 4, 64, 128, 256, 384])
+    assert shown == ["0.25", "0.5", "", "1", "2", "4", "64", "128", "", "384"]
+    assert report_figures.rank_labels([1, 8, 64]) == ["1", "8", "64"]
+    assert report_figures.rank_labels([4]) == ["4"]
 
 
 def test_rounding_is_not_drawn_as_a_trend():

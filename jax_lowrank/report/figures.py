@@ -248,9 +248,19 @@ def rank_axis(axes, ranks: list[int]) -> None:
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_locator(FixedLocator(ranks))
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.set_xticklabels([f"{rank:g}" for rank in ranks])
+    axes.set_xticklabels(rank_labels(ranks))
     axes.set_xlim(ranks[0] / 1.4, ranks[-1] * 1.75)
     axes.set_xlabel("rank")
+
+
+def rank_labels(ranks: list[float]) -> list[str]:
+    """What stands below the ticks; "" where a label would run into that of the next larger rank."""
+    least, free, found = np.log2(ranks[-1] / ranks[0]) / 11, np.inf, []
+    for rank in reversed(ranks):
+        has_room = np.log2(rank) <= free
+        free = np.log2(rank) - least if has_room else free
+        found.append(f"{rank:g}" if has_room else "")
+    return found[::-1]
 
 
 def _label_levels(axes, levels: dict[str, float]) -> None:
