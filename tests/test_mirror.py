@@ -234,7 +234,7 @@ def test_what_a_killed_process_pushed_is_whole_or_absent(tmp_path):
         found = contents(there)
         assert all((here / path).read_bytes() == data for path, data in found.items())
         assert len(found) % 3 == 0
-        shutil.rmtree(there)
+        shutil.rmtree(there, ignore_errors=True)  # nothing was whole yet, perhaps
     assert kills >= 4
     torn = "its list of files is damaged"  # killed while that was written: named, and absent
     assert all(torn in one for one in said), said
@@ -257,6 +257,7 @@ def same(one, other):
             assert other[name].arrays[key].tobytes() == array.tobytes(), key
 
 
+@pytest.mark.slow
 def test_a_study_goes_on_from_its_mirror_alone(tmp_path, monkeypatch, capsys):
     MemoryFileSystem.store.clear()
     config, out, url = tmp_path / "tiny.py", tmp_path / "out", "memory://bucket/tiny"
