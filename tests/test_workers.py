@@ -13,6 +13,7 @@ import pytest
 
 from jax_lowrank import results, workers
 from jax_lowrank.config import MethodSpec, ModelSpec, Study, TaskSpec, TrainSpec
+from jax_lowrank.mirror import Mirror
 from jax_lowrank.study import schedule
 from jax_lowrank.study.schedule import Schedule, needed, slots_of
 from jax_lowrank.train import DivergedError
@@ -114,7 +115,7 @@ def worker(out, made, fails=(), most=2):
         return [named[i : i + most] for i in range(0, len(named), most)]
 
     progress = SimpleNamespace(note=lambda line: None)
-    prepared = SimpleNamespace(out=out, study=study)
+    prepared = SimpleNamespace(out=out, study=study, mirror=Mirror(None, out))
     return Schedule(prepared, progress, name, packs, make, lambda run: None), slots_of(study)
 
 
