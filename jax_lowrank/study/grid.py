@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from jax_lowrank import models, provenance, results, sharding, train
 from jax_lowrank.adapt import METHODS, lora
@@ -32,6 +33,7 @@ from jax_lowrank.study.training import (
     pack_log,
     progress_log,
 )
+from jax_lowrank.sweep import OwnBatches
 from jax_lowrank.sweep.step import tokens_of
 from jax_lowrank.workers import Shard
 
@@ -56,7 +58,8 @@ def execute(
     packs = once(lambda: list(begun(p.out)))
     train_rows, held_out = (p.kind.examples(p, split) for split in ("train", "validation"))
     batches = p.kind.batches(p, train_rows, 0)
-    batches_of = {"shadow": shadow_batches(p)} if p.study.membership else {}
+    first_shadow = Run("shadow", None, None, membership.FIRST_SEED)  # all have as many rows
+    batches_of = {"shadow": batches_for(p, first_shadow)} if p.study.membership else {}
 
     def steps(kind: str, spec: MethodSpec) -> int:
         epochs = training_of(p.study.train, spec).epochs
@@ -73,7 +76,13 @@ def execute(
         shared = (train_rows, held_out, base_apply, progress)
         cells = {spec.label: Cell(p, spec, *shared, {}, curves) for spec in p.study.methods}
         alone = {spec.label: steps("final", spec) for spec in p.study.methods}
-        packing, stacked = Packing(p, tokens_of(batches), alone), {}
+
+        def beside(runs: Sequence[Run]) -> tuple[float, float]:
+            theirs = side_by_side(p, runs, train_rows)
+            return np.mean([tokens_of(one) for one in theirs.each]), tokens_of(theirs)
+
+        packing = Packing(p, tokens_of(batches), alone, beside)
+        stacked: dict = {}
 
         def make(named: list[Named]) -> list[dict]:
             (run, _), *others = named
@@ -150,7 +159,7 @@ class Cell(NamedTuple):
     def run(self, run: Run) -> dict:
         """Do this run, from its newest checkpoint where there is one, and write it; its record."""
         p = self.prepared
-        batches = p.kind.batches(p, rows_of(p, run, self.train_rows), run.seed)
+        batches = batches_for(p, run, self.train_rows)
         one = self.start(run, batches)
         checkpoints = checkpoints_of(p, one.record["fingerprint"], self.progress.note)
         program = self.programs[one.graphdef]
@@ -220,18 +229,22 @@ class Cell(NamedTuple):
         return program.apply, (trainable, frozen)
 
 
-def rows_of(p: Prepared, run: Run, train_rows: Examples) -> Examples:
-    """What a run trains on: the training rows, but a shadow its own."""
-    if run.kind != "shadow":
-        return train_rows
-    split, rows = membership.rows_of(p.task, p.study.membership, run.seed)
-    return p.kind.examples(p, split).take(rows)
+def batches_for(p: Prepared, run: Run, train_rows: Examples | None = None):
+    """What a run trains on: the training rows in its seed's order, but a shadow rows of its own."""
+    if run.kind == "shadow":
+        split, rows = membership.rows_of(p.task, p.study.membership, run.seed)
+        train_rows = p.kind.examples(p, split).take(rows)
+    return p.kind.batches(p, train_rows, run.seed)
 
 
-def shadow_batches(p: Prepared):
-    """The batches of the first shadow: all have as many."""
-    first = Run("shadow", None, None, membership.FIRST_SEED)
-    return p.kind.batches(p, rows_of(p, first, Examples(())), first.seed)
+def side_by_side(p: Prepared, runs: Sequence[Run], train_rows: Examples):
+    """The batches of runs of one form: those of one seed share them, of several each has its own.
+
+    Runs of one seed are given the same ones, which are made once.
+    """
+    made = {run.seed: run for run in runs}
+    made = {seed: batches_for(p, run, train_rows) for seed, run in made.items()}
+    return OwnBatches([made[run.seed] for run in runs]) if len(made) > 1 else made[runs[0].seed]
 
 
 def checkpoints_of(p: Prepared, name: str, note: Callable[[str], None]) -> Checkpoints:
@@ -251,9 +264,10 @@ def train_pack(
     specs = {label: cell.spec for label, cell in cells.items()}
     with opened(p.out, named, specs) as (pack, members):
         own = [cells[one.run.label] for one in members]
-        held_out, progress, first = own[0].held_out, own[0].progress, members[0].run
-        batches = p.kind.batches(p, rows_of(p, first, own[0].train_rows), first.seed)
-        each = [cell.start(one.run, batches) for cell, one in zip(own, members)]
+        held_out, progress = own[0].held_out, own[0].progress
+        batches = side_by_side(p, [one.run for one in members], own[0].train_rows)
+        seen = batches.each if isinstance(batches, OwnBatches) else [batches] * len(members)
+        each = [cell.start(one.run, theirs) for cell, one, theirs in zip(own, members, seen)]
         trained = fit_pack(
             p.study.train,
             [

@@ -11,7 +11,8 @@ import itertools
 import json
 import math
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -23,39 +24,51 @@ from jax_lowrank.config import MethodSpec, Run, fingerprint
 from jax_lowrank.processes import several
 from jax_lowrank.study.parts import Prepared
 from jax_lowrank.study.schedule import Named
-from jax_lowrank.sweep.step import pack_limit
+from jax_lowrank.sweep.step import pack_limit, pack_size
 from jax_lowrank.workers import claim
 
 MOST = 16  # members: an adapter-step gets hardly cheaper, and other workers want their share
 SHARE = 0.5  # of the memory, for a pack
 COMPILING = 5e11  # floating-point operations of a CPU in the time that a program takes to compile
 WIDER = 1.5  # work of a step with the largest adapter of a pack, of that with one's own; at most
+# A step costs as much as its tokens and this share of a full pack's: on 2 CPU cores at 32 tokens,
+# packs of 4 and 8 were seen at 0.63 and 0.57 of a single run. On accelerators it is a guess.
+FIXED = 1 / 8
 
 
 def form(run: Run) -> tuple | None:
-    """Runs of one form can share a program and every batch; None: this one shares with none.
+    """Runs of one form can share a program, and of one seed every batch; None: this shares none.
 
     Rank, alpha, layers, initial values, learning rate, LoRA+ ratio and epochs are a member's own.
+    Shadows have another number of rows, and so of steps.
     """
-    spec = run.method
+    spec, others = run.method, run.kind == "shadow"
     if spec is None or (spec.name == "full" and jax.default_backend() == "cpu"):
         return None  # full: nothing is shared, and small products side by side are slow on a CPU
     if spec.name != "lora":
-        return (spec.name, run.seed)
+        return (spec.name, others)
     # Of layers that are not adapted a magnitude would learn: under DoRA they must be the same ones.
-    layers = (spec.layers, spec.layer_fraction) if spec.dora else ()
+    drawn = run.seed if spec.layers == "random" else None
+    layers = (spec.layers, spec.layer_fraction, drawn) if spec.dora else ()
     from_base = spec.init in lora.FROM_BASE
-    return (spec.name, run.seed, spec.targets, spec.dropout, from_base, spec.dora, layers)
+    return (spec.name, others, spec.targets, spec.dropout, from_base, spec.dora, layers)
 
 
 class Packing:
     """Sorts the runs of a study into packs.
 
     tokens: of an optimizer step of one run, pads included. steps: label -> steps of a run.
+    beside(runs): of several seeds, tokens of a step of each, mean over them, alone and together.
     """
 
-    def __init__(self, prepared: Prepared, tokens: int, steps: Mapping[str, int]):
-        self.p, self.tokens, self.steps = prepared, tokens, steps
+    def __init__(
+        self,
+        prepared: Prepared,
+        tokens: int,
+        steps: Mapping[str, int],
+        beside: Callable[[Sequence[Run]], tuple[float, float]],
+    ):
+        self.p, self.tokens, self.steps, self.beside = prepared, tokens, steps, beside
         self.specs = {spec.label: spec for spec in prepared.study.methods}
         # One run keeps this machine busy: there is nothing to gain but compilation.
         self.busy = pack_limit() < 2 * tokens
@@ -74,8 +87,9 @@ class Packing:
         groups: dict = {}
         for one in rest:
             groups.setdefault(form(one.run) or one.name, []).append(one)
-        for group in groups.values():
-            found += self.cut(group) if len(group) > 1 else [group]
+        for whole in groups.values():
+            for group in [whole] if self.mixes(whole) else by_seed(whole):
+                found += self.cut(group) if len(group) > 1 else [group]
         return found
 
     def possible(self) -> bool:
@@ -94,6 +108,20 @@ class Packing:
     def resumes(self, one: Named) -> bool:
         """Whether a run was begun in a pack."""
         return self.possible() and any(one.name in pack for pack in begun(self.p.out).values())
+
+    def mixes(self, group: list[Named]) -> bool:
+        """Whether runs of several seeds are quicker together, each with batches of its own.
+
+        A step is then as wide as the widest batch of any. Dropout draws by place in the batch, so
+        that in a wider one a run would not be what it is alone.
+        """
+        seeds = Counter(one.run.seed for one in group)
+        if len(seeds) == 1 or self.busy or group[0].run.method.dropout:
+            return False
+        some = [part[0].run for part in by_seed(group)][:MOST]
+        alone, together = self.beside(some)
+        apart = step_cost(alone, min(MOST, max(seeds.values())))
+        return step_cost(together, min(MOST, len(group))) < apart
 
     def cut(self, group: list[Named]) -> list[list[Named]]:
         """Packs of runs of one form. All adapters of a pack are filled up to its largest."""
@@ -148,6 +176,20 @@ class Packing:
             many = (free - at_once * each.step) // kept
             self.rooms[label] = max(1, int(few if few < at_once else many))
         return self.rooms[label]
+
+
+def step_cost(tokens: float, num_runs: int) -> float:
+    """What a run's step costs beside others, in tokens."""
+    limit = pack_limit()
+    return tokens + FIXED * limit / pack_size(num_runs, math.ceil(tokens), limit)
+
+
+def by_seed(group: Sequence[Named]) -> list[list[Named]]:
+    """Runs that see the same batches together."""
+    found: dict = {}
+    for one in group:
+        found.setdefault(one.run.seed, []).append(one)
+    return list(found.values())
 
 
 def method_of(spec: MethodSpec):
