@@ -68,8 +68,10 @@ def prepared(config):
 
 @pytest.fixture(scope="module")
 def packed(prepared):
-    """Results of the study in packs."""
-    assert execute(prepared, print) == 0
+    """Results of the study in packs, of several seeds as well, however few its steps are."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packs, "COMPILING", 0)
+        assert execute(prepared, print) == 0
     return prepared.out
 
 
@@ -141,6 +143,7 @@ def test_a_pack_that_is_stopped_goes_on_with_all_its_members(
     prepared, packed, tmp_path, monkeypatch
 ):
     again, said = prepared._replace(out=tmp_path / "again"), []
+    monkeypatch.setattr(packs, "COMPILING", 0)
     asked = iter([False, True])
 
     def due(self):
@@ -244,14 +247,16 @@ def test_runs_that_share_a_program_and_batches_are_trained_together():
     assert sizes(*of(*halves)) == [[1], [2]]
 
 
-def test_runs_of_several_seeds_are_trained_together_where_that_is_quicker():
+def test_runs_of_several_seeds_are_trained_together_where_that_is_quicker(monkeypatch):
     methods = (lora(1), lora(2))
     apart = [[2, 1]] * 2
+    assert sizes(*of(*methods, seeds=(1, 2))) == apart  # ten steps are done before it is compiled
+    assert sizes(*of(*methods, seeds=(1, 2)), tokens=129, together=1) == apart  # busy
+    monkeypatch.setattr(packs, "COMPILING", 0)
     assert sizes(*of(*methods, seeds=(1, 2))) == [[2, 1, 2, 1]]
     # A step costs its tokens and 256 / 8 that the pack shares: 64 + 16 apart.
     assert sizes(*of(*methods, seeds=(1, 2)), together=71) == apart  # 71 + 11: 256 // 71 are three
     assert sizes(*of(*methods, seeds=(1, 2)), together=63) == [[2, 1, 2, 1]]
-    assert sizes(*of(*methods, seeds=(1, 2)), tokens=129, together=1) == apart  # busy
     dropped = of(*(lora(r, dropout=0.1) for r in (1, 2)), seeds=(1, 2))
     assert sizes(*dropped) == apart  # draws by place in a batch, whose width may differ
     drawn = {"dora": True, "layer_fraction": 0.5, "layers": "random"}

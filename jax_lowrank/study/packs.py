@@ -121,7 +121,12 @@ class Packing:
         some = [part[0].run for part in by_seed(group)][:MOST]
         alone, together = self.beside(some)
         apart = step_cost(alone, min(MOST, max(seeds.values())))
-        return step_cost(together, min(MOST, len(group))) < apart
+        saved = apart - step_cost(together, min(MOST, len(group)))
+        base = count(self.p.model.params)
+        work = sum(
+            self.steps[one.run.label] * (4 * base + 6 * self.size(one.run.label)) for one in group
+        )
+        return saved * work > COMPILING  # another program is compiled for it
 
     def cut(self, group: list[Named]) -> list[list[Named]]:
         """Packs of runs of one form. All adapters of a pack are filled up to its largest."""
