@@ -26,61 +26,20 @@ ALIASES = frozenset(
         "optimization_barrier",
     )
 )
-# Made again for every reader sooner than stored.
-CHEAP = frozenset(("broadcast_in_dim", "convert_element_type", "iota", "slice", "rev"))
+# Made again for every reader sooner than stored: what they are made from is kept instead.
+CHEAP = frozenset(
+    (
+        *("broadcast_in_dim", "convert_element_type", "iota", "slice", "rev", "pad", "clamp"),
+        *("add", "add_any", "sub", "mul", "square", "neg", "sign", "abs", "max", "min"),
+        *("select_n", "not", "and", "or", "xor", "eq", "ne", "lt", "le", "gt", "ge"),
+        *("floor", "round", "is_finite", "shift_left", "shift_right_logical"),
+    )
+)
 ELEMENTWISE = CHEAP | frozenset(
     (
-        "add",
-        "add_any",
-        "sub",
-        "mul",
-        "div",
-        "rem",
-        "max",
-        "min",
-        "pow",
-        "integer_pow",
-        "exp",
-        "exp2",
-        "expm1",
-        "log",
-        "log1p",
-        "tanh",
-        "logistic",
-        "sin",
-        "cos",
-        "erf",
-        "erf_inv",
-        "sqrt",
-        "rsqrt",
-        "cbrt",
-        "neg",
-        "sign",
-        "abs",
-        "square",
-        "floor",
-        "round",
-        "clamp",
-        "select_n",
-        "not",
-        "and",
-        "or",
-        "xor",
-        "eq",
-        "ne",
-        "lt",
-        "le",
-        "gt",
-        "ge",
-        "is_finite",
-        "shift_left",
-        "shift_right_logical",
-        "random_bits",
-        "random_wrap",
-        "random_unwrap",
-        "random_fold_in",
-        "threefry2x32",
-        "pad",
+        *("div", "rem", "pow", "integer_pow", "exp", "exp2", "expm1", "log", "log1p", "tanh"),
+        *("logistic", "sin", "cos", "erf", "erf_inv", "sqrt", "rsqrt", "cbrt"),
+        *("random_bits", "random_wrap", "random_unwrap", "random_fold_in", "threefry2x32"),
     )
 )
 CALLS = frozenset(
