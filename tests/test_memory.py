@@ -129,8 +129,8 @@ def test_the_estimate_is_within_a_tenth_of_what_xla_says():
 def test_estimates_by_method_and_policy(family, name):
     compare(family, name, "none", 0.1)
     compare(family, name, "dots", 0.1)
-    # One layer's working set is most of it here; XLA's order of a layer's operations needs more.
-    compare(family, name, "full", 0.3)
+    # One layer's working set is most of it here; XLA needs up to a sixth more for it.
+    compare(family, name, "full", 0.16)
 
 
 def test_policies_keep_less_and_less_and_are_those_of_the_config():
