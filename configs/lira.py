@@ -7,7 +7,7 @@
 The membership part of arXiv 2405.17512, on HateXplain with all-MiniLM-L6-v2: LoRA r = 8 and full
 fine-tuning of 160 rows, three targets each. The attacks are asked about these rows and 160 test
 rows; every shadow trains on a random half of the 320, with its target's own method and learning
-rate. Posts are cut at 32 tokens, or the 136 runs would take longer. Groups with 10 members and 10
+rate. Posts are cut at 32 tokens, or the 139 runs would take longer. Groups with 10 members and 10
 others are shown: their intervals are wide.
 
 Data and encoder: see hate_speech.py.

@@ -80,9 +80,8 @@ def difference(case: Case, each: numbers.Outputs, full: numbers.Outputs | None) 
     return f"{found.estimate[k]:+.3f} [{found.low[k]:+.3f}, {found.high[k]:+.3f}], p {p:.3f}"
 
 
-def section(result: results.StudyResult) -> str:
+def section(case: Case) -> str:
     """One study: training counts, errors and disparities by class and by group."""
-    case = numbers.arrange(result)
     study = case.grid.study
     train = study["splits"]["train"]
     counts = dict(zip(study["classes"], train["by_class"]))
@@ -108,7 +107,11 @@ def main() -> None:
     parser.add_argument("studies", nargs="+", type=Path, help="directories of finished studies")
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
-    sections = [section(results.read_study(directory)) for directory in arguments.studies]
+    try:
+        studies = [numbers.read(directory) for directory in arguments.studies]
+    except results.ResultsError as error:
+        parser.error(str(error))
+    sections = [section(case) for _, case in studies]
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text("\n".join(sections), encoding="utf-8")
 

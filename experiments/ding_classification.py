@@ -165,9 +165,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     sections, pages = [], []
-    for directory in arguments.studies:
-        result = results.read_study(directory)
-        case = numbers.arrange(result)
+    try:
+        studies = [numbers.read(directory) for directory in arguments.studies]
+    except results.ResultsError as error:
+        parser.error(str(error))
+    for result, case in studies:
         sections.append(described(case, result))
         pages.append((case.grid.study["name"], drawn(case, result)))
     arguments.out.mkdir(parents=True, exist_ok=True)

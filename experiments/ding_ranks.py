@@ -90,9 +90,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     sections, pages = [], []
-    for directory in arguments.studies:
-        result = results.read_study(directory)
-        case = numbers.arrange(result)
+    try:
+        studies = [numbers.read(directory) for directory in arguments.studies]
+    except results.ResultsError as error:
+        parser.error(str(error))
+    for result, case in studies:
         name, found = case.grid.study["name"], measured(case, result)
         sections.append(f"## {name}\n\n{table(case, found)}\n")
         pages.append((name, [drawn(case, found)]))

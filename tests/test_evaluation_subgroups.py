@@ -6,7 +6,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jax_lowrank.evaluation import cells, comparisons, disparities, groups, subgroups
+from jax_lowrank.evaluation import (
+    calibration,
+    cells,
+    comparisons,
+    disparities,
+    groups,
+    intervals,
+    subgroups,
+)
 
 FROZEN = json.loads((Path(__file__).parent / "fixtures" / "groups.json").read_text("utf-8"))
 
@@ -325,3 +333,18 @@ def test_a_gap_of_groups_that_are_too_small_says_so(kept):
     null = disparities.permuted_gap(outcome, groups, minimum=13 - kept)
     assert np.isnan([null.gap, null.null_mean, null.p]).all() and null.gap.shape == (2,)
     assert null.reason == f"{kept} of 2 groups have enough rows: a gap needs two"
+
+
+def test_limits_do_not_depend_on_the_number_of_cores(monkeypatch):
+    rng = np.random.default_rng(3)
+    labels, predictions = rng.integers(0, 2, 4000), rng.integers(0, 2, (3, 4000))
+    members = rng.random((4000, 5)) < 0.2
+    monkeypatch.setattr(cells, "CHUNK", 20_000)  # many of them
+    found = []
+    for cores in (1, 3):
+        monkeypatch.setattr(intervals.os, "cpu_count", lambda cores=cores: cores)
+        made = subgroups.measure(labels, predictions, members, num_resamples=3000)
+        bins = calibration.bins(np.full(4000, 0.4), labels, members)
+        found.append((*made.low, made.gap_low, *calibration.perfect(bins)))
+    for one, three in zip(*found):
+        np.testing.assert_array_equal(one, three)

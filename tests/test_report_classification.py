@@ -13,6 +13,7 @@ import pytest
 import report_classification
 from test_report_page import _read
 
+from jax_lowrank import results
 from jax_lowrank.evaluation import calibration
 from jax_lowrank.evaluation.probabilities import smooth_calibration_error
 from jax_lowrank.report import drawing, kinds
@@ -247,9 +248,9 @@ def test_dings_tables_hold_every_method_and_group(case, study):
     assert "LoRA r=4 at 0.001 − full fine-tuning at 0.001" in said
 
 
-def test_das_disparity_over_classes_and_groups(case, study):
+def test_das_disparity_over_classes_and_groups(case):
     das = script("das_disparity")
-    said = das["section"](study[1])
+    said = das["section"](case)
     assert "Training rows: fine 6, bad 4, Large 5" in said
     each = case.outputs["LoRA r=1"]
     right = each.predictions == case.labels
@@ -334,3 +335,12 @@ def test_a_method_that_gives_one_answer_is_named_in_front(case):
     said = " ".join(answer.answer(case._replace(outputs=outputs), table, [], []))
     share = 100 * (1 - 10 / case.labels.size)
     assert f"{label} says" in said and f"of {share:.1f} % of the rows" in said
+
+
+def test_only_a_classification_study_is_read(study, tmp_path):
+    result, case = numbers.read(study[0])
+    assert len(result.runs) == len(study[1].runs) and "full fine-tuning" in case.outputs
+    (tmp_path / "study.json").write_text("{}")
+    (tmp_path / "prompts.json").write_text("{}")
+    with pytest.raises(results.ResultsError, match="holds no"):
+        numbers.read(tmp_path)

@@ -5,10 +5,12 @@ the true positive rate), so that intervals draw those rows and the seeds.
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from jax_lowrank import results
 from jax_lowrank.evaluation import calibration, comparisons, intervals, probabilities, subgroups
 from jax_lowrank.report import grid as grids
 from jax_lowrank.report.grid import Grid
@@ -82,6 +84,11 @@ class Case(NamedTuple):
         return self.members.sum(0)
 
     @property
+    def everyone(self) -> np.ndarray:
+        """Membership (N, 1 + G) with a first group of all rows."""
+        return np.column_stack([np.ones(self.labels.size, bool), self.members])
+
+    @property
     def enough(self) -> np.ndarray:
         """Groups with `minimum` rows, (G,) bool."""
         return self.sizes >= self.settings["minimum"]
@@ -124,6 +131,14 @@ class Distance(NamedTuple):
     rate: str
     found: comparisons.Difference
     p_adjusted: float
+
+
+def read(directory: Path) -> tuple[StudyResult, Case]:
+    """A finished classification study. Raises ResultsError where the directory holds none."""
+    result = results.read_study(directory)
+    if "classes" not in result.study:
+        raise results.ResultsError(f"{directory} holds no classification study")
+    return result, arrange(result)
 
 
 def arrange(result: StudyResult) -> Case:
@@ -205,7 +220,7 @@ def calibrated(
 def group_rows(case: Case, label: str) -> list[GroupRow]:
     """All rows, then every group: rates and ECE with limits; too few rows leave NaN and why."""
     each = case.outputs[label]
-    everyone = np.column_stack([np.ones(case.labels.size, bool), case.members])
+    everyone = case.everyone
     errors = calibrated(case, each.chance, each.event, everyone)[0]
     found = []
     for g, name in enumerate(("all rows", *case.names)):

@@ -4,8 +4,6 @@ import math
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from jax_lowrank.evaluation import subgroups
 from jax_lowrank.report import claims as claiming
 from jax_lowrank.report import drawing, metrics, page, tables
@@ -136,8 +134,7 @@ def _of_probabilities(case: Case, run: RunResult) -> list[Metric]:
     if run.record["kind"] != "final" or run.record["label"] not in case.outputs:
         return []
     one = case.outputs[run.record["label"]].take([run.record["seed"]])
-    everyone = np.column_stack([np.ones(case.labels.size, bool), case.members])
-    errors, _ = numbers.calibrated(case, one.chance, one.event, everyone)
+    errors, _ = numbers.calibrated(case, one.chance, one.event, case.everyone)
     return [
         Metric("test", group, name, *c[:3], n=c.n, null_mean=c.expected, reason=c.reason)
         for group, error, cells in zip(

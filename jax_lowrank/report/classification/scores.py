@@ -26,7 +26,7 @@ def of_groups(case: Case, each: Outputs) -> list[dict[str, Cell]]:
 
 def of_probabilities(case: Case, each: Outputs) -> list[dict[str, Cell]]:
     """`of_groups` without what the predictions alone say."""
-    everyone = _everyone(case)
+    everyone = case.everyone
     binary = len(case.grid.study["classes"]) == 2
     found = _aucs(case, each, everyone) if binary else {}
     found["smooth_ece"] = _smooth(case, each, everyone)
@@ -37,7 +37,7 @@ def _rates(case: Case, each: Outputs) -> list[dict[str, Cell]]:
     measured = subgroups.measure(
         case.labels,
         each.predictions,
-        _everyone(case),
+        case.everyone,
         num_classes=len(case.grid.study["classes"]),
         positive=case.positive,
         num_permutations=0,
@@ -75,11 +75,6 @@ def _smooth(case: Case, each: Outputs, everyone: np.ndarray) -> list[Cell]:
     reasons = [f"{n} rows, fewer than {minimum}" if n < minimum else "" for n in sizes]
     none = np.full_like(values, np.nan)
     return _cells(np.where(few, np.nan, values), none, none, sizes, np.array(reasons, object))
-
-
-def _everyone(case: Case) -> np.ndarray:
-    """Membership (N, 1 + G) with a first group of all rows."""
-    return np.column_stack([np.ones(case.labels.size, bool), case.members])
 
 
 def _by_group(found: dict[str, list[Cell]]) -> list[dict[str, Cell]]:
