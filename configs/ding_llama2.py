@@ -2,7 +2,7 @@
 
     jax-lowrank study configs/ding_llama2.py:religion     (published hyper-parameters; also gender,
                                                            race, sexuality)
-    jax-lowrank study configs/ding_llama2.py:ranks        (alpha = 16, r = 1 ... 64, religion)
+    jax-lowrank study configs/ding_llama2.py:ranks        (alpha = 16, r = 1 ... 4096, religion)
     jax-lowrank study configs/ding_llama2.py:modern       (what one would run today, religion)
     jax-lowrank study configs/ding_llama2.py:answers      (the same, answering Yes or No)
 
@@ -33,8 +33,8 @@ SELECTED = {
     "religion": ((2, 1e-5), (6, 3e-4)),
     "sexuality": ((1, 1e-5), (4, 1e-4)),
 }
-RANKS = (1, 2, 4, 8, 16, 32, 64)
-FRACTIONS = (0.25, 0.5, 0.75)
+RANKS = tuple(2**power for power in range(13))
+FRACTIONS = (0.2, 0.4, 0.6, 0.8)
 
 
 def gender() -> Study:
@@ -71,10 +71,14 @@ def published(subset: str, model: str = MODEL, selected: dict = SELECTED) -> Stu
     return study(f"ding_{subset}", subset, methods, model)
 
 
-def ranks(model: str = MODEL) -> Study:
-    """Ranks at alpha 16, and rank 1 on a fraction of the layers, as published for religion."""
+def ranks(model: str = MODEL, numbers: tuple[int, ...] = RANKS) -> Study:
+    """Ranks at alpha 16, and rank 1 on a fraction of the layers, as published for religion.
+
+    Rank 0 is the head alone: 3e-5 as published, and a rate that suits a head. A fraction is of
+    whole layers; the published one could cut a layer's v off its q.
+    """
     rank_one = {"rank": 1, "targets": "qv", "epochs": 12}
-    methods = [MethodSpec("lora", (3e-5,), rank=r, targets="qv", epochs=12) for r in RANKS]
+    methods = [MethodSpec("lora", (3e-5,), rank=r, targets="qv", epochs=12) for r in numbers]
     methods += [
         MethodSpec("lora", (3e-5,), layer_fraction=fraction, layers=place, **rank_one)
         for fraction in FRACTIONS

@@ -2,11 +2,12 @@
 
     jax-lowrank study configs/ding_mistral.py:religion    (published hyper-parameters; also age,
                                                            gender, race, sexuality)
-    jax-lowrank study configs/ding_mistral.py:ranks       (alpha = 16, r = 1 ... 64, religion)
+    jax-lowrank study configs/ding_mistral.py:ranks       (alpha = 16, r = 1 ... 1024, religion)
     jax-lowrank study configs/ding_mistral.py:modern      (what one would run today, religion)
 
 See ding_llama2.py for what is as published and what is not. In the released code the fractional
 ranks of Mistral were plain rank 1 (the chosen layers were overwritten); here they are fractions.
+Its value projection has 1,024 outputs: higher ranks, which were published, add nothing there.
 """
 
 import runpy
@@ -56,7 +57,7 @@ config = religion
 
 def ranks() -> Study:
     """Ranks at alpha 16, and rank 1 on a fraction of the layers."""
-    return LLAMA["ranks"](MODEL)
+    return LLAMA["ranks"](MODEL, tuple(rank for rank in LLAMA["RANKS"] if rank <= 1024))
 
 
 def modern() -> Study:

@@ -10,7 +10,7 @@ from pathlib import Path
 from jax_lowrank.config import ConfigError, Study, nearest, require
 
 
-def _makes_study(value: object, file: Path) -> bool:
+def makes_study(value: object, file: Path) -> bool:
     """Whether it is a function of this very file that returns a Study and needs no argument."""
     return (
         inspect.isfunction(value)
@@ -35,7 +35,7 @@ def load_config(name: str) -> Study:
         raise ConfigError(f"no config file {path!r}{hint}")
     namespace = runpy.run_path(str(file))
     if not callable(namespace.get(function)):
-        names = [name for name, value in namespace.items() if _makes_study(value, file)]
+        names = [name for name, value in namespace.items() if makes_study(value, file)]
         raise ConfigError(f"function in {file}: {nearest(function, names)}")
     study = namespace[function]()
     require(isinstance(study, Study), f"{name} returns {type(study).__name__}, not a Study")

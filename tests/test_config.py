@@ -3,12 +3,13 @@
 import dataclasses
 import inspect
 import re
+import runpy
 from pathlib import Path
 
 import pytest
 import tyro
 
-from jax_lowrank import config
+from jax_lowrank import config, config_file
 from jax_lowrank.adapt import METHODS
 from jax_lowrank.adapt.lora import INITS, LAYER_CHOICES
 from jax_lowrank.config import (
@@ -185,16 +186,106 @@ def test_fingerprint_changes_with_every_field():
     assert fingerprint(TrainSpec()) == fingerprint(free)
 
 
-@pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.py")), ids=lambda file: file.name)
-def test_every_config_loads_and_says_its_command(file):
+def functions_of(file):
+    """Names of a config's functions that return a Study and need no argument."""
+    found = runpy.run_path(str(file))
+    return [name for name, value in found.items() if config_file.makes_study(value, file)]
+
+
+EVERY = [(file, name) for file in sorted(CONFIGS.glob("*.py")) for name in functions_of(file)]
+
+
+def test_every_config_has_functions_and_most_a_small_one():
+    names = {file.stem: {name for f, name in EVERY if f == file} for file, _ in EVERY}
+    assert set(names) == {file.stem for file in CONFIGS.glob("*.py")}
+    assert {"hate_speech", "ding_ranks", "lira"} == {s for s, n in names.items() if "smoke" in n}
+    assert {"gender", "race", "religion", "sexuality"} <= names["ding_llama2"]
+    assert {"age", "gender", "race", "religion", "sexuality"} <= names["ding_mistral"]
+
+
+@pytest.mark.parametrize(("file", "name"), EVERY, ids=[f"{f.stem}:{n}" for f, n in EVERY])
+def test_every_function_of_every_config_makes_its_study(file, name, monkeypatch, tmp_path):
+    if "stories" not in file.stem:  # which converts weights
+        stand_in = tmp_path / "hatexplain" / "derived_official_val_test.csv.gz"
+        stand_in.parent.mkdir()
+        stand_in.touch()
+        monkeypatch.setenv("JAX_LOWRANK_DATA", str(tmp_path))
     try:
-        loaded = load_config(str(file))
+        loaded = load_config(f"{file}:{name}")
     except ConfigError as error:
         if "JAX_LOWRANK_DATA" not in str(error):
             raise
         pytest.skip(f"its data is not here: {error}")
     assert isinstance(loaded, Study) and loaded.question.endswith("?")
-    assert f"configs/{file.name}" in file.read_text().split('"""')[1]
+    said = file.read_text().split('"""')[1]
+    assert f"configs/{file.name}" in said
+    assert name == "config" or name in said
+
+
+def ding(stem, name):
+    return load_config(f"{CONFIGS / stem}.py:{name}")
+
+
+# study-2405.17512.md, 2.5: (epochs, learning rate) of full fine-tuning, of LoRA
+SELECTED = {
+    ("ding_llama2", "gender"): ((1, 1e-5), (2, 3e-4)),
+    ("ding_llama2", "race"): ((1, 1e-5), (6, 3e-4)),
+    ("ding_llama2", "religion"): ((2, 1e-5), (6, 3e-4)),
+    ("ding_llama2", "sexuality"): ((1, 1e-5), (4, 1e-4)),
+    ("ding_mistral", "age"): ((8, 1e-4), (8, 3e-4)),
+    ("ding_mistral", "gender"): ((4, 1e-5), (2, 3e-4)),
+    ("ding_mistral", "race"): ((4, 5e-5), (4, 1e-4)),
+    ("ding_mistral", "religion"): ((2, 1e-5), (4, 3e-4)),
+    ("ding_mistral", "sexuality"): ((3, 1e-5), (12, 1e-4)),
+}
+MODELS = {
+    "ding_llama2": "meta-llama/Llama-2-7b-hf",
+    "ding_mistral": "mistralai/Mistral-7B-v0.1",
+}
+
+
+def check_as_published(found, stem):
+    """What all its runs have in common (2.1, 2.2, 1.1 of the same page)."""
+    assert found.model.path == MODELS[stem]
+    spec = found.train
+    assert (spec.batch_size, spec.max_length, spec.schedule) == (32, 256, "cosine")
+    assert (spec.warmup_fraction, spec.weight_decay, spec.clip) == (0.01, 1e-3, 1.0)
+    assert found.seeds == (13, 1337, 42, 666, 888)
+    options = found.task.options
+    assert options["path"].startswith("hub:ucberkeley-dlab/measuring-hate-speech/")
+    assert (options["split"], options["seed"]) == ("published", 13)
+    for method in found.methods:
+        if method.name == "lora":
+            said = (method.alpha, method.targets, method.dropout, method.init, method.rslora)
+            assert said == (16.0, "qv", 0.0, "kaiming", False)
+
+
+@pytest.mark.parametrize(("stem", "subset"), SELECTED)
+def test_the_7b_configs_carry_the_published_choices(stem, subset):
+    found = ding(stem, subset)
+    check_as_published(found, stem)
+    assert found.task.options["options"]["subset"] == subset
+    methods = {method.name: method for method in found.methods}
+    for name, (epochs, rate) in zip(("full", "lora"), SELECTED[stem, subset]):
+        assert (methods[name].epochs, methods[name].learning_rates) == (epochs, (rate,))
+    assert methods["lora"].rank == 8
+
+
+@pytest.mark.parametrize(("stem", "highest"), [("ding_llama2", 12), ("ding_mistral", 10)])
+def test_the_7b_configs_carry_the_published_ranks(stem, highest):
+    found = ding(stem, "ranks")
+    check_as_published(found, stem)
+    assert found.task.options["options"]["subset"] == "religion"
+    lora = [method for method in found.methods if method.name == "lora"]
+    assert {(m.epochs, m.learning_rates) for m in lora} == {(12, (3e-5,))}
+    whole = [m.rank for m in lora if m.layer_fraction == 1]
+    assert whole == [2**power for power in range(highest + 1)]
+    parts = {(m.rank, m.layer_fraction, m.layers) for m in lora if m.layer_fraction < 1}
+    fractions = (0.2, 0.4, 0.6, 0.8)
+    assert parts == {(1, f, where) for f in fractions for where in ("first", "last", "random")}
+    head, full = (next(m for m in found.methods if m.name == n) for n in ("head", "full"))
+    assert head.epochs == 12 and 3e-5 in head.learning_rates
+    assert (full.epochs, full.learning_rates) == (2, (1e-5,))
 
 
 def test_load_config(tmp_path):

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from jax_lowrank.config_file import load_config
-from jax_lowrank.tasks import grouped, readers, text_classification
+from jax_lowrank.tasks import grouped, imbalance, readers, text_classification
 from jax_lowrank.tasks.task import TaskError
 
 ROOT = Path(__file__).parents[1]
@@ -208,17 +210,104 @@ def test_the_source_says_the_split(tmp_path):
 def test_imbalance_is_imposed_on_training_rows_only(tmp_path):
     path = table(tmp_path, n=400)
     plain = text_classification.make(path, options=COLUMNS)
-    data = text_classification.make(path, options=COLUMNS, keep={"b": 0.1})
+    data = text_classification.make(path, options=COLUMNS, ratio={"b": 0.1})
     train, before = data.splits["train"], plain.splits["train"]
-    assert (train.labels == 1).sum() == round(0.1 * (before.labels == 1).sum())
+    rare = (train.labels == 1).sum()
+    assert abs(rare - 0.1 * len(train.ids)) <= 1
     assert (train.labels == 0).sum() == (before.labels == 0).sum()
-    assert data.hashes["test"] == plain.hashes["test"] and "b: 0.1" in data.notes.values()
-    group = text_classification.make(path, options=COLUMNS, keep={"x": 0.5}).splits["train"]
-    assert group.groups[:, 0].sum() == round(0.5 * before.groups[:, 0].sum())
-    assert set(group.ids) < set(before.ids)
-    for keep, message in (({"z": 0.5}, "neither a class"), ({"b": 0.0}, r"\(0, 1\]")):
-        with pytest.raises(TaskError, match=message):
-            text_classification.make(path, options=COLUMNS, keep=keep)
+    assert data.hashes["test"] == plain.hashes["test"] and set(train.ids) < set(before.ids)
+    said = data.notes["shares of the training rows"]
+    assert said == f"b {rare} of {len(train.ids)} (asked: 0.1)"
+    again = text_classification.make(path, options=COLUMNS, ratio={"b": 0.1})
+    assert again.hashes == data.hashes
+    other = text_classification.make(path, options=COLUMNS, ratio={"b": 0.1, "x": 0.3})
+    few = text_classification.make(path, options=COLUMNS, ratio={"b": 0.1, "x": 0.3}, max_train=50)
+    for found in (other, few):
+        rows = found.splits["train"]
+        assert abs((rows.labels == 1).sum() - 0.1 * len(rows.ids)) <= 1
+        assert abs(rows.groups[:, 0].sum() - 0.3 * len(rows.ids)) <= 1
+    assert len(few.splits["train"].ids) == 50
+
+
+WRONG_RATIOS = [
+    ({"z": 0.5}, "'z' is neither a class (a, b) nor a group (x, inner, all)"),
+    ({"b": 1.0}, "the share of 'b' must lie in (0, 1), not 1"),
+    ({"all": 0.5}, "the share of 'all' cannot be 0.5; by dropping rows only 1 can be reached"),
+    (
+        {"b": 0.2, "a": 0.5},
+        "the share of 'a' cannot be 0.5; by dropping rows beside b 0.2 only 0.8 can be reached",
+    ),
+    (
+        {"x": 0.2, "inner": 0.5},
+        "the share of 'inner' cannot be 0.5; by dropping rows beside x 0.2 0 to 0.2 can be reached",
+    ),
+]
+
+
+@pytest.mark.parametrize(("ratio", "message"), WRONG_RATIOS)
+def test_shares_that_cannot_be_reached_name_those_that_can(ratio, message):
+    x = np.arange(60) % 2 == 0
+    groups = np.stack([x, x & (np.arange(60) % 3 == 0), np.ones(60, bool)], 1)
+    rows = rows_of(np.arange(60) // 5 % 2, groups, ("x", "inner", "all"))
+    with pytest.raises(TaskError) as caught:
+        imbalance.unbalanced(rows, np.arange(60), ratio, 0)
+    assert message in str(caught.value)
+
+
+def rows_of(labels, groups, names):
+    ids = tuple(str(i) for i in range(len(labels)))
+    classes = tuple("abc"[: labels.max() + 1])
+    parts = (labels.astype(np.int32), groups, classes, names, ("",) * len(ids), 0)
+    return grouped.Grouped(ids, ids, *parts)
+
+
+@given(st.integers(0, 10**6), st.integers(40, 600), st.integers(1, 4))
+@settings(max_examples=30, deadline=None)
+def test_shares_are_met_to_a_row_and_the_kind_dropped_least_stays_whole(seed, size, number):
+    rng = np.random.default_rng(seed)
+    names = ("x", "y", "z")
+    groups = rng.random((size, 3)) < rng.uniform(0.1, 0.9, 3)
+    rows = rows_of(rng.choice(3, size, p=(0.5, 0.3, 0.2)), groups, names)
+    ratio = {str(n): rng.uniform(0.1, 0.9) for n in rng.permutation(["b", *names])[:number]}
+    chosen = rng.permutation(size)[: size - 5]
+    try:
+        found, held = imbalance.unbalanced(rows, chosen, ratio, seed)
+    except TaskError as error:
+        assert "can be reached" in str(error)
+        return
+    columns = {n: rows.groups[:, i] for i, n in enumerate(names)} | {"b": rows.labels == 1}
+    inside = np.stack([columns[name] for name in ratio], 1)
+    where = {row: place for place, row in enumerate(chosen)}
+    places = [where[row] for row in found]
+    assert places == sorted(set(places))  # some of the rows, once each, in their order
+    for name, share in ratio.items():
+        assert held[name] == columns[name][found].sum()
+        assert abs(held[name] - share * len(found)) <= 1
+    cells, which = np.unique(inside[chosen], axis=0, return_inverse=True)
+    before = np.bincount(which.ravel(), minlength=len(cells))
+    after = [(inside[found] == cell).all(1).sum() for cell in cells]
+    assert max(after / before) == 1.0  # else more could have stayed
+    again, _ = imbalance.unbalanced(rows, chosen, ratio, seed)
+    np.testing.assert_array_equal(found, again)
+    few, held = imbalance.unbalanced(rows, chosen, ratio, seed, most=30)
+    assert len(few) == min(30, len(found))
+    assert all(abs(held[name] - share * len(few)) <= 1 for name, share in ratio.items())
+
+
+def test_what_goes_together_stays_together():
+    """A rare class and a rare group that overlap: the odds ratio between them does not change."""
+    rng = np.random.default_rng(0)
+    labels = (rng.random(40_000) < 0.4).astype(int)
+    groups = rng.random((40_000, 1)) < np.where(labels, 0.6, 0.2)[:, None]
+    rows = rows_of(labels, groups, ("x",))
+    found, _ = imbalance.unbalanced(rows, np.arange(40_000), {"b": 0.1, "x": 0.1}, 0)
+
+    def odds(of):
+        both = 2 * labels[of] + groups[of, 0]
+        none, group, rare, all_two = np.bincount(both)
+        return none * all_two / (group * rare)
+
+    assert odds(found) == pytest.approx(odds(slice(None)), rel=0.01)
 
 
 def test_trained_rows_are_refused():
@@ -326,6 +415,34 @@ def test_jigsaws_templates_name_their_groups(tmp_path):
     named = [n for n, inside in zip(found.group_names, found.groups[place]) if inside]
     assert named == ["american"]
     assert 0.4 < found.labels[found.groups[:, found.group_names.index("gay")]].mean() < 0.6
+
+
+def test_jigsaws_later_templates_too(tmp_path):
+    rows = [
+        {"template": "verb_adj", "toxicity": "nontoxic", "phrase": "hug lesbian"},
+        {"template": "name_adj", "toxicity": "toxic", "phrase": "Ying is a idiotic bisexual"},
+        {"template": "x_tox", "toxicity": "toxic", "phrase": "A moronic middle eastern gay man"},
+    ]
+    found = grouped.read_jigsaw(write_csv(tmp_path / "t.csv", rows))
+    assert found.classes == ("nontoxic", "toxic") and found.labels.tolist() == [0, 1, 1]
+    named = [{n for n, inside in zip(found.group_names, row) if inside} for row in found.groups]
+    assert named == [{"lesbian"}, {"bisexual"}, {"middle eastern", "gay"}]
+    for row in rows:
+        del row["toxicity"]
+    with pytest.raises(TaskError, match="no column 'toxicity'; it has template, phrase"):
+        grouped.read_jigsaw(write_csv(tmp_path / "t.csv", rows))
+    with pytest.raises(TaskError, match="no column 'Text'"):
+        grouped.read_jigsaw(write_csv(tmp_path / "t.csv", [{"a": "b"}]))
+
+
+@needs_data
+@pytest.mark.parametrize("name", ["en_sentence_templates", "intersectional_madlibs"])
+def test_jigsaws_later_files_are_read(name, tmp_path):
+    lines = readers.read_text(SHARED / "jigsaw_bias" / f"{name}.csv.gz").splitlines()
+    (tmp_path / "part.csv").write_text("\n".join([lines[0], *lines[1::31]]))
+    found = grouped.read_jigsaw(str(tmp_path / "part.csv"))
+    assert len(found.group_names) == 50 and 0.4 < found.labels.mean() < 0.6
+    assert ((found.groups.sum(1) > 1).mean() > 0.5) == (name == "intersectional_madlibs")
 
 
 def test_a_hub_source_from_a_data_set_built_here(tmp_path, monkeypatch):

@@ -169,21 +169,28 @@ def read_dlab(path: str, *, subset: str = "all", flags: str = "majority") -> Gro
 
 
 def read_jigsaw(path: str, *, terms: Sequence[str] = JIGSAW_TERMS) -> Grouped:
-    """Jigsaw's template sentences (bias_madlibs): BAD or not, groups by the identity term in them.
+    """Jigsaw's template sentences: toxic or not, groups by the identity terms in them.
 
-    path: bias_madlibs_77k.csv (also .gz), with the columns Text, Label and Template. Every term
-    meets every template, so that any gap between groups is the model's. Dixon et al. (AIES 2018).
+    path: bias_madlibs_77k.csv with the columns Text, Label (BAD, NOT_BAD) and Template; or
+    en_sentence_templates.csv or intersectional_madlibs.csv with phrase, toxicity (toxic, nontoxic)
+    and template; also .gz. In the first two every term meets every template that has a place for
+    one, so that any gap between groups is the model's; sentences of the third name one to three.
+    Dixon et al. (AIES 2018).
     """
     rows = read_table(path)
-    for column in ("Text", "Label", "Template"):
+    columns, classes = ("Text", "Label", "Template"), ("NOT_BAD", "BAD")
+    if "phrase" in columns_of(rows):
+        columns, classes = ("phrase", "toxicity", "template"), ("nontoxic", "toxic")
+    for column in columns:
         require_column(path, rows, column)
-    texts = [row["Text"] for row in rows]
+    text, label, _ = columns
+    texts = [row[text] for row in rows]
     return _grouped(
         path,
         [f"{file_name(path)}:{i}" for i in range(1, len(rows) + 1)],
         texts,
-        [row["Label"] for row in rows],
-        ("NOT_BAD", "BAD"),
+        [row[label] for row in rows],
+        classes,
         terms_in(texts, {term: (term,) for term in terms}),
         [""] * len(rows),
         tuple(terms),

@@ -19,6 +19,7 @@ from jax_lowrank.tasks.grouped import (
     read_hatexplain,
     read_jigsaw,
 )
+from jax_lowrank.tasks.imbalance import unbalanced
 from jax_lowrank.tasks.task import TaskError
 from jax_lowrank.tasks.text import split_hash
 
@@ -77,7 +78,7 @@ def make(
     seed: int = 0,
     validation_fraction: float = 0.1,
     test_fraction: float = 0.2,
-    keep: Mapping[str, float] | None = None,
+    ratio: Mapping[str, float] | None = None,
     max_rows: int = 0,
     max_train: int = 0,
     prompt: str = "",
@@ -89,10 +90,11 @@ def make(
     reader: a row of READERS, called with path and `options`. split: 'stratified' by label and group
     pattern; 'published', the permutation of arXiv 2405.17512 (20 % test, no strata; validation is
     cut from its training rows); 'source', as the file says. validation_fraction: of all rows, and
-    of the training rows for the other two. keep: class or group name -> share of its training rows
-    to keep. max_rows: a seeded choice of all rows first, max_train: of the training rows last; 0:
-    all. prompt, answers (class -> word), blank: for decoders that answer by a word; see Answers.
-    TaskError for what cannot be done.
+    of the training rows for the other two. ratio: class or group name -> the share of the training
+    rows that it shall have; rows are dropped for it (`imbalance.unbalanced`), and the notes say how
+    many are left. max_rows: a seeded choice of all rows first, max_train: of the training rows
+    last, within `ratio`; 0: all. prompt, answers (class -> word), blank: for decoders that answer
+    by a word; see Answers. TaskError for what cannot be done.
     """
     if reader not in READERS:
         raise TaskError(f"reader must be one of {', '.join(READERS)}, not {reader!r}")
@@ -115,9 +117,12 @@ def make(
         parts = published(len(rows.ids), seed) if split == "published" else _by_source(rows, path)
         if "validation" not in parts and validation_fraction:
             parts = _cut(rows, parts, seed, validation_fraction)
-    if keep:
-        parts["train"] = unbalanced(rows, parts["train"], keep, seed)
-        notes["training rows kept"] = ", ".join(f"{n}: {s:g}" for n, s in keep.items())
+    if ratio:
+        parts["train"], held = unbalanced(rows, parts["train"], ratio, seed, max_train)
+        total = len(parts["train"])
+        notes["shares of the training rows"] = ", ".join(
+            f"{name} {held[name]} of {total} (asked: {share:g})" for name, share in ratio.items()
+        )
     if 0 < max_train < len(parts["train"]):
         chosen = np.random.default_rng([seed, 4]).permutation(parts["train"])[:max_train]
         parts["train"] = np.sort(chosen)
@@ -169,34 +174,6 @@ def published(num_rows: int, seed: int) -> dict[str, np.ndarray]:
     order = np.random.default_rng(seed).permutation(num_rows)
     num_test = int(np.ceil(0.2 * num_rows))
     return {"train": order[num_test:], "test": order[:num_test]}
-
-
-def unbalanced(
-    rows: Grouped, chosen: np.ndarray, keep: Mapping[str, float], seed: int
-) -> np.ndarray:
-    """Row numbers, where only a share of a class or group is kept, in order, seeded.
-
-    A row of several named groups must survive each. TaskError for names that are neither class nor
-    group and shares outside (0, 1].
-    """
-    rng = np.random.default_rng([seed, 2])
-    stays = np.ones(len(chosen), bool)
-    for name, share in keep.items():
-        if name not in (*rows.classes, *rows.group_names):
-            raise TaskError(
-                f"keep: {name!r} is neither a class ({', '.join(rows.classes)}) nor a group"
-                f" ({', '.join(rows.group_names)})"
-            )
-        if not 0 < share <= 1:
-            raise TaskError(f"keep: the share of {name!r} must lie in (0, 1], not {share}")
-        if name in rows.classes:
-            inside = rows.labels[chosen] == rows.classes.index(name)
-        else:
-            inside = rows.groups[chosen, rows.group_names.index(name)]
-        places = np.flatnonzero(inside)
-        gone = rng.permutation(places)[round(share * places.size) :]
-        stays[gone] = False
-    return np.asarray(chosen)[stays]
 
 
 def check_unseen(trained: Sequence[str], evaluated: Sequence[str]) -> None:
