@@ -42,6 +42,7 @@ LAYER_LIST = re.compile(r"\d+(,\d+)*")
 INITS = ("kaiming", "gaussian", "pissa", "olora")
 REMATS = ("none", "dots", "offload", "full")
 PROTOCOLS = ("online", "published")
+UTILITIES = ("accuracy", "f1")
 NO_RESULT = {"result": False}  # metadata of fields that no result depends on
 
 
@@ -260,6 +261,8 @@ class EvalSpec:
     """Of the calibration error."""
     margin: float = 0.05
     """Differences within it, either way, would not matter (equivalence tests)."""
+    match: str = "accuracy"
+    """Classification: LoRA is matched to full fine-tuning in this on validation rows; or f1."""
 
     def __post_init__(self) -> None:
         for name in ("samples_per_prompt", "max_new_tokens", "batch_size", "posterior_prompts"):
@@ -271,6 +274,7 @@ class EvalSpec:
         for name in ("minimum", "num_bins"):
             require(getattr(self, name) >= 1, f"evaluate.{name} {getattr(self, name)} is below 1")
         require(self.margin > 0, f"evaluate.margin {self.margin} is not positive")
+        require(self.match in UTILITIES, f"evaluate.match: {nearest(self.match, UTILITIES)}")
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ import report_classification
 from test_report_page import _read
 
 from jax_lowrank import results
+from jax_lowrank.config import EvalSpec
 from jax_lowrank.evaluation import calibration
 from jax_lowrank.evaluation.probabilities import smooth_calibration_error
 from jax_lowrank.report import drawing, kinds
@@ -43,6 +44,11 @@ def case(study):
 
 
 @pytest.fixture(scope="module")
+def table(case):
+    return numbers.summary(case)
+
+
+@pytest.fixture(scope="module")
 def html(study):
     report = kinds.report_of(study[1])
     assert report.write is page.write
@@ -56,8 +62,7 @@ def test_methods_are_in_order_and_tuning_runs_apart(case):
     assert case.enough.tolist() == [True, True, False]
 
 
-def test_levels_equal_direct_ones(case):
-    table = numbers.summary(case)
+def test_levels_equal_direct_ones(case, table):
     each = case.outputs["LoRA r=4"]
     right = each.predictions == case.labels
     assert table["accuracy"]["LoRA r=4"].value == pytest.approx(right.mean())
@@ -131,10 +136,9 @@ def test_gaps_stand_beside_what_chance_gives(case):
     assert unfair.found.gap > 3 * unfair.found.null_mean and unfair.p_adjusted < 0.05
 
 
-def test_effects_are_the_differences_of_the_levels(case):
+def test_effects_are_the_differences_of_the_levels(case, table):
     pairs = {pair.label: pair for pair in effects.at_best(case)}
     assert list(pairs) == ["head only", "LoRA r=1", "LoRA r=4"]
-    table = numbers.summary(case)
     for name in effects.METRICS:
         values = table[name]
         expected = values["LoRA r=1"].value - values["full fine-tuning"].value
@@ -146,17 +150,106 @@ def test_effects_are_the_differences_of_the_levels(case):
     assert by_group["Small"].high < by_group["Large"].estimate
 
 
-def test_equal_utility_takes_the_nearest_run_of_each_seed(case):
-    pair = effects.matched(case)
+@pytest.mark.parametrize("match", ["accuracy", "f1"])
+def test_equal_utility_takes_the_nearest_run_of_each_seed(study, match):
+    settings = study[1].study["config"]["evaluate"] | {"match": match, "margin": 0.2}
+    case = numbers.arrange(with_settings(study[1], settings))
+    validation, near, right = study[1].rows["validation"].labels, [], []
     full = case.outputs["full fine-tuning"]
-    loras = [case.outputs["LoRA r=1"], case.outputs["LoRA r=4"]]
-    right = []
-    for place in range(3):
-        apart = [abs(each.validation[place] - full.validation[place]) for each in loras]
-        best = loras[int(np.argmin(apart))].predictions[place]
+
+    def worth(label, seed):
+        said = case.grid.runs[label][seed].arrays["validation/logits"].argmax(1)
+        if match == "accuracy":
+            return np.mean(said == validation)
+        ppv, tpr = np.mean(validation[said == 1] == 1), np.mean(said[validation == 1] == 1)
+        return 2 * ppv * tpr / (ppv + tpr)
+
+    for place, seed in enumerate((1, 2, 3)):
+        apart = {name: worth(name, seed) - worth(case.grid.full, seed) for name in case.grid.lora}
+        near.append(min(apart, key=lambda name: abs(apart[name])))
+        best = case.outputs[near[-1]].predictions[place]
         right.append((best == case.labels).mean() - (full.predictions[place] == case.labels).mean())
+    pair = effects.matched(case)
     assert pair.found["accuracy"].estimate == pytest.approx(np.mean(right))
-    assert "by seed" in pair.note
+    assert re.findall(r"LoRA r=\d", pair.note) == near
+    said = {"accuracy": "accuracy", "f1": "F1 of “bad”"}[match]
+    assert pair.label == f"LoRA at full fine-tuning's validation {said}"
+    assert pair.note.startswith(f"validation {said} minus full's, by seed: ")
+
+
+def with_settings(result, settings):
+    config = result.study["config"] | {"evaluate": settings}
+    return result._replace(study=result.study | {"config": config})
+
+
+def test_what_cannot_be_matched_has_a_reason(case, table):
+    full = case.outputs["full fine-tuning"]
+    far = full._replace(validation=full.validation + np.array([0, 0, 0.3]))
+    pair = effects.matched(case._replace(outputs={**case.outputs, "full fine-tuning": far}))
+    assert pair.found["ece"].num_seeds == 2 and pair.note.count("LoRA r=4") == 3
+    assert re.search(
+        r"; no LoRA run within 0.05 of full's validation accuracy: seed 3 \(−0.\d{3} LoRA r=4\)$",
+        pair.note,
+    )
+    outputs = {**case.outputs, "full fine-tuning": full._replace(validation=full.validation + 0.3)}
+    far = case._replace(outputs=outputs)
+    pair = effects.matched(far)
+    assert all(math.isnan(each.estimate) for each in pair.found.values())
+    found = claims.from_case(far)
+    none = [claim for claim in found if claim.topic == "matched"]
+    assert len(none) == 4 and all(math.isnan(claim.p_adjusted) for claim in none)
+    said = " ".join(answer.answer(far, table, found, []))
+    assert "matched on validation rows: not compared (no LoRA run within 0.05" in said
+    assert "Whether it goes with utility is not known: no LoRA run within 0.05 of full's" in said
+    assert {drawn.alt for drawn in figures.forest(far, [pair]).panels} == {"matched: undefined"}
+
+
+def test_an_undefined_f1_is_not_matched():
+    labels = np.array([0, 1, 0])
+    assert numbers.utility(np.array([1, 1, 0]), labels, 1, "f1") == pytest.approx(2 / 3)
+    assert numbers.utility(np.array([0, 0, 0]), labels, 1, "f1") == 0
+    assert math.isnan(numbers.utility(np.array([0, 0, 0]), labels * 0, 1, "f1"))
+    assert str(effects.Nearest(1, "LoRA r=1", math.nan)) == "undefined LoRA r=1"
+
+
+def test_older_results_are_matched_in_accuracy(study, case):
+    settings = dict(study[1].study["config"]["evaluate"])
+    assert settings.pop("match") == "accuracy"
+    old = numbers.arrange(with_settings(study[1], settings))
+    assert old.match == "accuracy" and effects.matched(old).note == effects.matched(case).note
+    with pytest.raises(ValueError, match=r"evaluate\.match: .*f1"):
+        EvalSpec(match="f")
+
+
+def test_a_difference_that_is_not_seen_at_matched_utility_says_so(case, table, html):
+    text = " ".join(_read(html).text)
+    start = "LoRA r=1 has, at its best, a lower accuracy on the worst group than full fine-tuning."
+    assert f"{start} Once validation accuracy is matched (LoRA of any rank, " in text
+    after = text.split(start)[1]
+    assert after[:100].count("LoRA of any rank") == 1
+    assert "]) it is not seen: what the interval leaves open is within ±0.05." in after[:200]
+    found = claims.from_case(case)
+
+    def said(**changes):
+        changed = [
+            claim._replace(**changes)
+            if (claim.topic, claim.unit) == ("matched", "worst-group accuracy")
+            else claim
+            for claim in found
+        ]
+        return answer.answer(case, table, changed, [])
+
+    told = {"difference": -0.2, "low": -0.3, "high": -0.1}
+    still = said(verdict="supported", **told)
+    assert any("(LoRA of any rank, −0.200 [−0.300, −0.100]) it is still seen." in s for s in still)
+    other = said(verdict="contradicted", difference=0.2, low=0.1, high=0.3)
+    assert any(s.startswith(start) and "it is the other way around" in s for s in other)
+    wide = said(verdict="cannot tell", difference=0.0, low=-0.01, high=0.06)
+    assert any("not seen; the interval says how much of it may be left." in s for s in wide)
+    only = [c._replace(verdict="cannot tell") for c in found if c.topic != "matched"]
+    only += [c._replace(verdict="supported", **told) for c in found if c.topic == "matched"]
+    only = answer.answer(case, table, only, [])
+    assert sum("once validation accuracy is matched LoRA has one (−0.200" in s for s in only) == 4
 
 
 def test_one_learning_rate_is_compared_with_one_seed(case):
@@ -325,8 +418,8 @@ def test_rounding_is_not_drawn_as_a_trend():
     assert "1e" not in re.sub(r"<[^>]*>", "", shown.svg)
 
 
-def test_a_method_that_gives_one_answer_is_named_in_front(case):
-    table, label = numbers.summary(case), case.grid.lora[0]
+def test_a_method_that_gives_one_answer_is_named_in_front(case, table):
+    label = case.grid.lora[0]
     assert "Whoever" not in " ".join(answer.answer(case, table, [], []))
     each = case.outputs[label]
     same = np.full_like(each.predictions, case.positive)

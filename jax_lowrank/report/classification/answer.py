@@ -4,6 +4,7 @@ import numpy as np
 
 from jax_lowrank.report.answer import edges, seeds_said
 from jax_lowrank.report.claims import CANNOT_TELL, CONTRADICTED, SUPPORTED, Claim, count_verdicts
+from jax_lowrank.report.classification import effects
 from jax_lowrank.report.classification.numbers import HEAD, TITLES, Case, Gap
 from jax_lowrank.report.tables import Estimate
 
@@ -15,7 +16,7 @@ WORDS = {
     "equalized_odds_difference": ("equalized odds difference", "larger", "smaller"),
     "ece": ("calibration error", "larger", "smaller"),
     "membership": ("success of telling its training rows", "larger", "smaller"),
-    "matched": ("gaps and calibration at matched validation accuracy", "worse", "better"),
+    "matched": ("gaps and calibration where matched on validation rows", "worse", "better"),
 }
 
 
@@ -28,6 +29,7 @@ def answer(
     said = [_levels(case, summary)]
     if found:
         said.append("LoRA against full fine-tuning on the same rows and seeds: " + _tallies(found))
+    said += _where_matched(case, found)
     said += _one_answer(case)
     said += _by_chance(case, gaps)
     return said
@@ -106,6 +108,9 @@ def _tallies(found: list[Claim]) -> str:
         chosen = [claim for claim in found if claim.topic == topic]
         if not chosen:
             continue
+        if all(np.isnan(claim.difference) for claim in chosen):
+            parts.append(f"{what}: not compared ({chosen[0].reason})")
+            continue
         counts, total = count_verdicts(chosen), len(chosen)
         if counts[CANNOT_TELL] == total:
             parts.append(f"{what}: the runs cannot tell ({total} of {total})")
@@ -115,6 +120,54 @@ def _tallies(found: list[Claim]) -> str:
         said += [f"cannot tell in {counts[CANNOT_TELL]}"] if counts[CANNOT_TELL] else []
         parts.append(f"{what}: {', '.join(said)} of {total}")
     return "; ".join(parts) + "."
+
+
+def _where_matched(case: Case, found: list[Claim]) -> list[str]:
+    """Of gaps told at the methods' best, whether they are seen once utility is matched."""
+    matched, said = {claim.unit: claim for claim in found if claim.topic == "matched"}, []
+    for topic in effects.METRICS[1:]:
+        chosen = [claim for claim in found if claim.topic == topic and claim.unit in matched]
+        for verdict in (SUPPORTED, CONTRADICTED):
+            told = [claim for claim in chosen if claim.verdict == verdict]
+            if told:
+                labels = ", ".join(claim.comparison.split(" − ")[0] for claim in told)
+                have = "has, at its best," if len(told) == 1 else "have, at their best,"
+                head = f"{labels} {have} a {_worded(topic, verdict)} than full fine-tuning"
+                said.append(f"{head}. {_once_matched(case, verdict, matched[told[0].unit])}")
+        then = matched[chosen[0].unit].verdict if chosen else CANNOT_TELL
+        if then not in (CANNOT_TELL, *(claim.verdict for claim in chosen)):
+            said.append(
+                f"No method has, at its best, a {_worded(topic, then)} than full fine-tuning that"
+                f" these runs can tell; once validation {case.utility} is matched LoRA has one"
+                f" ({_limits(matched[chosen[0].unit])})."
+            )
+    return said
+
+
+def _worded(topic: str, verdict: str) -> str:
+    what, worse, better = WORDS[topic]
+    return f"{worse if verdict == SUPPORTED else better} {what}"
+
+
+def _once_matched(case: Case, verdict: str, then: Claim) -> str:
+    """What becomes of a difference with this verdict; no more than the interval says."""
+    matched = f"Once validation {case.utility} is matched (LoRA of any rank"
+    if np.isnan(then.difference):
+        return f"Whether it goes with utility is not known: {then.reason}."
+    matched += f", {_limits(then)})"
+    if then.verdict == verdict:
+        return f"{matched} it is still seen."
+    if then.verdict != CANNOT_TELL:
+        return f"{matched} it is the other way around."
+    margin = case.settings["margin"]
+    if -margin < then.low and then.high < margin:
+        return f"{matched} it is not seen: what the interval leaves open is within ±{margin:g}."
+    return f"{matched} it is not seen; the interval says how much of it may be left."
+
+
+def _limits(claim: Claim) -> str:
+    text = f"{claim.difference:+.3f} [{claim.low:+.3f}, {claim.high:+.3f}]"
+    return text.replace("-", "−")
 
 
 def _by_chance(case: Case, gaps: list[Gap]) -> list[str]:

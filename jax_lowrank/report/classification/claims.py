@@ -20,7 +20,7 @@ TOPICS = {
     "equalized_odds_difference": "Low rank has larger gaps in error rates",
     "ece": "Low rank is worse calibrated",
     "membership": "Low rank gives away more of which rows it was trained on",
-    "matched": "Where LoRA is as accurate on validation rows as full fine-tuning",
+    "matched": "Where LoRA does as well on validation rows as full fine-tuning",
 }
 WORSE = {name: -1 if "accuracy" in name else +1 for name in effects.METRICS}
 SAYS = {
@@ -45,7 +45,10 @@ def from_case(case: Case, audit: Audit | None = None) -> list[Claim]:
     pair = effects.matched(case)
     if pair:
         found += [
-            _claim("matched", pair.found[name], name, "LoRA", pair.other)._replace(note=pair.note)
+            _claim("matched", pair.found[name], name, "LoRA", pair.other)._replace(
+                statement=f"LoRA {SAYS[name]} where their validation {case.utility} is matched",
+                note=pair.note,
+            )
             for name in effects.METRICS[1:]
         ]
     return judged(found)
@@ -71,9 +74,8 @@ def _leak(audit: Audit, each: membership.Distance) -> Claim:
 
 
 def _claim(topic: str, effect: comparisons.Difference, metric: str, label: str, full: str) -> Claim:
-    where = " where both are equally accurate on validation rows" if topic == "matched" else ""
     return Claim(
-        *(topic, f"{label} {SAYS[metric]}{where}", f"{label} − {full}", "test"),
+        *(topic, f"{label} {SAYS[metric]}", f"{label} − {full}", "test"),
         *(TITLES[metric].lower() if metric != "ece" else "ECE", WORSE[metric]),
         *(effect.estimate, effect.low, effect.high, effects.p_of(effect), math.nan),
         *(effect.p, effect.p_new_seeds),

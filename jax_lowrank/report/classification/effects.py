@@ -1,7 +1,7 @@
 """Two methods compared on the same test rows and seeds: accuracy, worst group, gaps, calibration.
 
-Three ways: each method at its best on validation; LoRA where it is as accurate on validation rows
-as full fine-tuning, seed by seed; and both at one learning rate (the tuning runs: one seed).
+Three ways: each method at its best on validation; LoRA where its accuracy (or F1) on validation
+rows is full fine-tuning's, seed by seed; and both at one learning rate (tuning runs: one seed).
 """
 
 from typing import NamedTuple
@@ -18,7 +18,7 @@ METRICS = (
     "equalized_odds_difference",
     "ece",
 )
-MATCHED = "LoRA at full fine-tuning's validation accuracy"
+MATCHED = "LoRA at full fine-tuning's validation"  # ... accuracy, or F1
 
 
 class Effects(NamedTuple):
@@ -28,6 +28,18 @@ class Effects(NamedTuple):
     other: str
     found: dict[str, comparisons.Difference]
     note: str = ""
+
+
+class Nearest(NamedTuple):
+    """A seed's LoRA run nearest to full fine-tuning's; apart: its validation utility minus that."""
+
+    seed: int
+    label: str
+    apart: float
+
+    def __str__(self) -> str:
+        apart = "undefined" if np.isnan(self.apart) else f"{self.apart:+.3f}".replace("-", "−")
+        return f"{apart} {self.label}"
 
 
 def at_best(case: Case) -> list[Effects]:
@@ -40,28 +52,27 @@ def at_best(case: Case) -> list[Effects]:
 
 
 def matched(case: Case) -> Effects | None:
-    """Of each seed the LoRA run, of any rank, whose validation accuracy is nearest to full's."""
-    full = case.grid.full
-    loras = [case.outputs[label] for label in case.grid.lora]
-    if full not in case.outputs or not loras:
+    """Of each seed the LoRA run, of any rank, whose validation utility is nearest to full's.
+
+    Seeds without one within the study's margin are left out, and named; where none is left, every
+    difference is NaN with the reason.
+    """
+    full = case.outputs.get(case.grid.full)
+    near = [each for seed in full.seeds if (each := _nearest(case, seed))] if full else []
+    if not near:
         return None
-    parts, distances = [], []
-    for place, seed in enumerate(case.outputs[full].seeds):
-        usable = [each.take([seed]) for each in loras if seed in each.seeds]
-        if not usable:
-            continue
-        target = case.outputs[full].validation[place]
-        nearest = min(usable, key=lambda each: abs(each.validation[0] - target))
-        parts.append(nearest)
-        distances.append(float(nearest.validation[0] - target))
-    if not parts:
-        return None
-    seeds = tuple(part.seeds[0] for part in parts)
+    margin, label = case.settings["margin"], f"{MATCHED} {case.utility}"
+    kept = [each for each in near if abs(each.apart) <= margin]
+    out = [f"seed {each.seed} ({each})" for each in near if each not in kept]
+    few = f"no LoRA run within {margin:g} of full's validation {case.utility}: {', '.join(out)}"
+    if not kept:
+        return Effects(label, case.grid.full, dict.fromkeys(METRICS, _undefined(case, few)))
+    parts = [case.outputs[each.label].take([each.seed]) for each in kept]
+    seeds = tuple(each.seed for each in kept)
     joined = Outputs(seeds, *[np.concatenate(column) for column in list(zip(*parts))[1:]])
-    apart = ", ".join(f"{x:+.3f}" for x in distances).replace("-", "−")
-    note = f"validation accuracy minus full's, by seed: {apart}"
-    pair = _paired(case, MATCHED, joined)
-    return pair and pair._replace(note=note)
+    pair = Effects(label, case.grid.full, between(case, joined, full.take(seeds)))
+    note = f"validation {case.utility} minus full's, by seed: {', '.join(map(str, kept))}"
+    return pair._replace(note=f"{note}; {few}" if out else note)
 
 
 def at_one_rate(case: Case) -> list[Effects]:
@@ -130,6 +141,25 @@ def p_of(found: comparisons.Difference | ranking.Difference) -> float:
 def _rows(case: Case, a: np.ndarray, b: np.ndarray) -> comparisons.Difference:
     settings = {name: case.settings[name] for name in ("level", "num_resamples", "seed")}
     return comparisons.paired_difference(a, b, method="t", **settings)
+
+
+def _nearest(case: Case, seed: int) -> Nearest | None:
+    """Of the LoRA runs of a seed; None without any. An F1 may be undefined: that is farthest."""
+
+    def validation(label: str) -> float:
+        each = case.outputs[label]
+        return float(each.validation[each.seeds.index(seed)])
+
+    target = validation(case.grid.full)
+    labels = [label for label in case.grid.lora if seed in case.outputs[label].seeds]
+    near = [Nearest(seed, label, validation(label) - target) for label in labels]
+    return min(near, key=lambda each: np.nan_to_num(abs(each.apart), nan=np.inf), default=None)
+
+
+def _undefined(case: Case, reason: str) -> comparisons.Difference:
+    return comparisons.Difference(
+        *[np.nan] * 5, case.labels.size, case.labels.size, 0, 0, reason, ""
+    )
 
 
 def _paired(case: Case, label: str, each: Outputs) -> Effects | None:

@@ -98,7 +98,7 @@ def forest(case: Case, pairs: list[effects.Effects]) -> Figure | None:
         f" shaded band is the margin ±{case.settings['margin']:g} within which a difference would"
         " not matter; an interval that lies inside it says so, one that crosses 0 says only that"
         " the runs cannot tell the sign. “matched”: of each seed the LoRA run nearest to full"
-        " fine-tuning in validation accuracy."
+        f" fine-tuning in validation {case.utility}, where one is within the margin."
     )
     return Figure("forest", "Differences to full fine-tuning", caption, panels, [])
 
@@ -241,6 +241,8 @@ def _forest_panel(title: str, found: dict, margin: float) -> Panel:
 
     alt = "; ".join(
         f"{name}: {each.estimate:+.3f} [{each.low:+.3f}, {each.high:+.3f}]"
+        if not np.isnan(each.estimate)
+        else f"{name}: undefined"
         for name, each in found.items()
     )
     return panel(title, alt, draw, 4.2, 0.8 + 0.3 * len(names))
@@ -331,5 +333,6 @@ def _reliability_panel(case: Case, name: str, inside: np.ndarray) -> Panel:
 
 
 def _short(label: str) -> str:
-    names = {"full fine-tuning": "full", effects.MATCHED: "matched"}
-    return names.get(label, label.replace("LoRA r=", "r="))
+    if label.startswith(effects.MATCHED):
+        return "matched"
+    return "full" if label == "full fine-tuning" else label.replace("LoRA r=", "r=")

@@ -33,6 +33,7 @@ TITLES = {
     "nll": "−log p of the class, nats",
 }
 GAPS = tuple(list(TITLES)[4:8])
+UTILITIES = {"accuracy": "accuracy", "f1": "F1 of “{}”"}
 
 
 class Outputs(NamedTuple):
@@ -40,7 +41,7 @@ class Outputs(NamedTuple):
 
     chance (S, N): P(positive) and event (S, N) the label, with two classes; with more, the largest
     probability and whether it was right. scaled: chance after temperature scaling on validation
-    rows. validation: accuracy there, (S,).
+    rows. validation: `utility` there, (S,).
     """
 
     seeds: tuple[int, ...]
@@ -77,6 +78,16 @@ class Case(NamedTuple):
     def settings(self) -> dict[str, Any]:
         """The evaluation settings."""
         return self.grid.evaluate
+
+    @property
+    def match(self) -> str:
+        """What methods are matched in: accuracy or f1 (older results do not say)."""
+        return self.settings.get("match", "accuracy")
+
+    @property
+    def utility(self) -> str:
+        """What a sentence calls `match`."""
+        return UTILITIES[self.match].format(self.grid.study["positive"])
 
     @property
     def sizes(self) -> np.ndarray:
@@ -147,8 +158,10 @@ def arrange(result: StudyResult) -> Case:
     rows, validation = result.rows["test"], result.rows["validation"]
     positive = grid.study["classes"].index(grid.study["positive"])
 
+    match = grid.evaluate.get("match", "accuracy")
+
     def outputs(runs: Sequence[RunResult]) -> Outputs:
-        return _outputs(runs, rows.labels, validation.labels, positive)
+        return _outputs(runs, rows.labels, validation.labels, positive, match)
 
     order = {HEAD: 0, grid.full: 2}
     labels = sorted(grid.labels, key=lambda label: order.get(label, 1))
@@ -281,6 +294,15 @@ def distances(case: Case) -> list[Distance]:
     return [each._replace(p_adjusted=float(p)) for each, p in zip(found, adjusted)]
 
 
+def utility(predictions: np.ndarray, labels: np.ndarray, positive: int, match: str) -> float:
+    """Accuracy of predictions (N,), or F1 of the positive class: NaN where none is, or is said."""
+    if match == "accuracy":
+        return float((predictions == labels).mean())
+    said, true = predictions == positive, labels == positive
+    total = int(said.sum() + true.sum())
+    return 2 * int((said & true).sum()) / total if total else np.nan
+
+
 def options(case: Case) -> dict[str, Any]:
     """minimum, level, num_resamples and seed, as `subgroups` takes them."""
     names = ("minimum", "level", "num_resamples", "seed")
@@ -306,7 +328,7 @@ def _estimate(case: Case, found: intervals.Interval, per_seed: np.ndarray) -> Es
     return Estimate(*ends, tuple(per_seed.tolist()), size, size, found.reason, note)
 
 
-def _outputs(runs, labels, validation_labels, positive: int) -> Outputs:
+def _outputs(runs, labels, validation_labels, positive: int, match: str) -> Outputs:
     parts = []
     for run in runs:
         logits, held_out = run.arrays["test/logits"], run.arrays["validation/logits"]
@@ -319,7 +341,7 @@ def _outputs(runs, labels, validation_labels, positive: int) -> Outputs:
                 event,
                 _event(logits / temperature, labels, positive)[0],
                 probabilities.nll(logits, labels),
-                (held_out.argmax(1) == validation_labels).mean(),
+                utility(held_out.argmax(1), validation_labels, positive, match),
                 temperature,
             )
         )
