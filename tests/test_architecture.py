@@ -36,7 +36,8 @@ ALLOWED = {
     "adapt": ("adapt",),
     "evaluation.intervals": (),
     "evaluation": ("evaluation.intervals",),
-    "evaluation.subgroups": ("evaluation",),  # puts the parts together
+    # these put the parts together
+    **dict.fromkeys(("evaluation.subgroups", "evaluation.group_calibration"), ("evaluation",)),
     "report": ("report", "evaluation", "results"),
     "tasks": ("tasks", "data", "masking"),
     "train": ("adapt.method", "sharding", "checkpoint", "data"),

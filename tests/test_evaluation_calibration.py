@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jax_lowrank.evaluation import calibration, groups, probabilities
+from jax_lowrank.evaluation import calibration, group_calibration, groups, probabilities
 
 FIXTURE = Path(__file__).parent / "fixtures" / "groups.json"
 FROZEN = json.loads(FIXTURE.read_text("utf-8"))["calibration"]
@@ -122,16 +122,110 @@ def test_groups_are_their_rows_and_twice_is_weight_2(pairs):
         assert smooth[g] == pytest.approx(alone[0], abs=1e-6)
 
 
+@settings(max_examples=15, deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.sampled_from([0.0, 0.1, 0.3, 1.0]) | st.floats(0, 1), st.integers(0, 1)),
+        min_size=4,
+        max_size=40,
+    ),
+    st.integers(2, 7),
+)
+def test_order_names_and_weights_do_not_matter_to_calibration(pairs, num_bins):
+    """Rows and groups in another order, ones or tenfold as weights, twice for weight 2."""
+    p, y = np.array(pairs).T
+    name = np.arange(p.size) // 2 % 3
+    members, times = np.eye(3, dtype=bool)[name], np.arange(p.size) % 3 + 1
+    order, renamed = np.random.default_rng(p.size).permutation(p.size), [2, 0, 1]
+
+    def errors(p, y, members, weights=None):
+        found = [
+            calibration.calibration_error(
+                calibration.bins(p, y, members, num_bins=num_bins, scheme=scheme, weights=weights),
+                norm,
+            )
+            for scheme in ("width", "mass")
+            for norm in (1, 2, np.inf)
+        ]
+        return np.array([*found, probabilities.smooth_calibration_error(p, y, members, weights)])
+
+    plain, weighted = errors(p, y, members), errors(p, y, members, times)
+    same = {
+        "rows": errors(p[order], y[order], members[order]),
+        "groups": errors(p, y, members[:, renamed])[:, np.argsort(renamed)],
+        "integers": errors(p, y, members.astype(int)),
+        "ones": errors(p, y, members, np.ones(p.size)),
+    }
+    for what, found in same.items():
+        np.testing.assert_allclose(found, plain, atol=1e-6, err_msg=what)
+    twice = errors(*[np.repeat(part, times, axis=0) for part in (p, y, members)])
+    for found in (twice, errors(p, y, members, times / 10)):
+        np.testing.assert_allclose(found, weighted, atol=1e-6)
+    for g in range(3):  # of a partition, a group is its rows alone
+        if (name == g).any():
+            alone = errors(p[name == g], y[name == g], all_rows((name == g).sum()))
+            np.testing.assert_allclose(plain[:, g], alone[:, 0], atol=1e-6)
+
+
+@pytest.mark.parametrize("weights", [[1, -1], [1, np.nan], [1, np.inf], [1, 1, 1]])
+def test_weights_are_checked(weights):
+    for scheme in ("width", "mass"):
+        with pytest.raises(ValueError, match="weights must be 2 finite numbers >= 0"):
+            calibration.bins([0.2, 0.4], [0, 1], all_rows(2), scheme=scheme, weights=weights)
+    with pytest.raises(ValueError, match="weights must be 2 finite numbers >= 0"):
+        probabilities.smooth_calibration_error([0.2, 0.4], [0, 1], all_rows(2), weights)
+
+
+def test_a_corrected_error_needs_a_bin_of_two_rows():
+    for n in (1, 15):
+        p = (np.arange(n) + 0.5) / 15
+        assert np.isnan(calibration.corrected_error(calibration.bins(p, np.zeros(n), all_rows(n))))
+    two = calibration.bins([0.5, 0.5, 0.9], [0, 1, 1], all_rows(3))
+    assert calibration.corrected_error(two) == 0
+
+
+def test_groups_are_measured_with_a_minimum_and_reasons():
+    rng = np.random.default_rng(6)
+    p, y = rng.random((2, 60)), rng.integers(0, 2, 60)
+    p[:, :12] = (np.arange(12) + 0.5) / 15
+    members = np.stack([np.arange(60) < n for n in (60, 12, 9, 0)], 1)
+    found = group_calibration.measure(p, y, members)
+    bins = calibration.bins(p, y, members)
+    np.testing.assert_array_equal(found.error[:, :2], calibration.calibration_error(bins)[:, :2])
+    np.testing.assert_array_equal(found.expected[:, :2], calibration.perfect(bins).mean[:, :2])
+    assert (found.low <= found.high)[:, :2].all() and not np.isnan(found.corrected[:, 0]).any()
+    for part in found[:6]:
+        assert np.isnan(part[:, 2:]).all()
+    wanted = ["", "", "9 rows, fewer than 10", "0 rows, fewer than 10"]
+    assert found.reason[1].tolist() == wanted
+    wanted[1] = "no bin holds two rows"
+    assert np.isnan(found.corrected[:, 1]).all() and found.corrected_reason[1].tolist() == wanted
+    nothing = group_calibration.measure(p, y, members, weights=np.arange(60) >= 12)
+    assert np.isnan(nothing.error[:, 1]).all() and nothing.reason[0, 1] == "weights of 0 only"
+    low = group_calibration.measure(p, y, members, minimum=1)
+    assert not np.isnan(low.error[:, :3]).any() and low.reason[0, 3] == "0 rows, fewer than 1"
+    with pytest.raises(ValueError, match="minimum must be at least 1"):
+        group_calibration.measure(p, y, members, minimum=0)
+    pair = group_calibration.compare(p, p[::-1] ** 2, (y, y), members, num_resamples=50)
+    assert np.isnan([part[2:] for part in pair[:6]]).all() and pair.reason.tolist()[:2] == ["", ""]
+    assert not np.isnan([part[:2] for part in pair[:6]]).any() and "fewer than 10" in pair.reason[2]
+    small = group_calibration.compare(p, p**2, (y, y), members[:, 2:3], minimum=1)
+    few = group_calibration.compare(p, p**2, (y, y), np.arange(60)[:, None] < 2, minimum=1)
+    assert small.error > 0 and few.error > 0  # some resamples hold none of two rows
+    with pytest.raises(ValueError, match="must be"):
+        group_calibration.compare(p, p[:, :5], (y, y), members)
+
+
 def test_runs_are_leading_axes_and_empty_groups_undefined():
     rng = np.random.default_rng(0)
     p, y = rng.random((2, 3, 40)), rng.integers(0, 2, 40)
     members = np.column_stack([rng.random((40, 2)) < 0.5, np.zeros(40, bool)])
     for scheme in ("width", "mass"):
-        found = calibration.bins(p, y, members, scheme=scheme)
+        found = calibration.bins(p, y, members, num_bins=5, scheme=scheme)
         errors = calibration.calibration_error(found)
         assert errors.shape == (2, 3, 3) and np.isnan(errors[..., 2]).all()
         inside = members[:, 1]
-        assert errors[1, 2, 1] == error(p[1, 2, inside], y[inside], scheme=scheme)
+        assert errors[1, 2, 1] == error(p[1, 2, inside], y[inside], num_bins=5, scheme=scheme)
         parts = [calibration.perfect(found, num_draws=5), calibration.limits(found)]
         for value in (*parts[0], *parts[1], calibration.corrected_error(found)):
             assert value.shape == (2, 3, 3)
@@ -302,7 +396,7 @@ def test_two_methods_errors_are_compared_by_row_and_seed():
     y = (rng.random(n) < p.mean(0)).astype(int)
     worse = p**2
     groups = np.column_stack([np.ones(n, bool), rng.random(n) < 0.4])
-    found = calibration.compare(worse, p, (y, y), groups, num_bins=10, num_resamples=400)
+    found = group_calibration.compare(worse, p, (y, y), groups, num_bins=10, num_resamples=400)
 
     def gap(rows):
         parts = [
@@ -315,7 +409,9 @@ def test_two_methods_errors_are_compared_by_row_and_seed():
 
     np.testing.assert_allclose(found.estimate, gap(np.arange(n)))
     drawn = np.array([gap(rng.integers(0, n, n)) for _ in range(300)])
-    one = calibration.compare(worse[:1], p[:1], (y, y), groups, num_bins=10, num_resamples=400)
+    one = group_calibration.compare(
+        worse[:1], p[:1], (y, y), groups, num_bins=10, num_resamples=400
+    )
     assert (found.low < found.estimate).all() and (found.p > 0).all()
     both = [
         calibration.calibration_error(calibration.bins(x, y, groups, num_bins=10))
@@ -329,5 +425,6 @@ def test_two_methods_errors_are_compared_by_row_and_seed():
 def test_a_method_does_not_differ_from_itself():
     p = np.linspace(0.1, 0.9, 40)[None]
     y = (np.arange(40) % 2)[None]
-    found = calibration.compare(p, p, (y, y), np.ones((40, 1), bool))
+    found = group_calibration.compare(p, p, (y, y), np.ones((40, 1), bool))
     assert found.estimate == 0 and np.isnan(found.p).all()
+    assert found.reason == "no resample differs"

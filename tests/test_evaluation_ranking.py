@@ -110,6 +110,43 @@ def test_only_the_order_counts_and_signs_mirror(pairs):
         np.testing.assert_allclose(getattr(mirrored, name).auc, 1 - left)
 
 
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.tuples(st.integers(-3, 3), st.integers(0, 1)), min_size=4, max_size=30))
+def test_order_names_and_repeats_do_not_matter_to_aucs(pairs):
+    score, label = np.array(pairs).T
+    name = np.arange(score.size) // 2 % 3
+    members, times = np.eye(3, dtype=bool)[name], np.arange(score.size) % 3 + 1
+    order, renamed = np.random.default_rng(score.size).permutation(score.size), [2, 0, 1]
+
+    def aucs(score, label, members, weights=None):
+        found = ranking.bias_aucs(score, label, members, weights=weights, minimum=1)
+        parts = [getattr(found, name).auc for name in ("subgroup", "bpsn", "bnsp")]
+        return np.array([*parts, np.full(3, found.overall.auc)])
+
+    plain, weighted = aucs(score, label, members), aucs(score, label, members, times)
+    np.testing.assert_allclose(aucs(score[order], label[order], members[order]), plain)
+    found = aucs(score, label, members[:, renamed])[:, np.argsort(renamed)]
+    np.testing.assert_allclose(found, plain)
+    np.testing.assert_allclose(aucs(score, label, members.astype(int)), plain)
+    np.testing.assert_allclose(aucs(score, label, members, np.ones(score.size)), plain)
+    np.testing.assert_allclose(aucs(score, label, members, times / 10), weighted, atol=1e-12)
+    twice = [np.repeat(part, times, axis=0) for part in (score, label, members)]
+    np.testing.assert_allclose(aucs(*twice), weighted, atol=1e-12)
+    for g in range(3):  # of a partition, a group is its rows alone
+        inside = name == g
+        high, low = score[inside & (label == 1)], score[inside & (label == 0)]
+        wins = (high[:, None] > low) + (high[:, None] == low) / 2
+        wanted = wins.mean() if wins.size else np.nan
+        np.testing.assert_allclose(plain[0, g], wanted)
+
+
+@pytest.mark.parametrize("weight", [-1, np.nan, np.inf])
+def test_weights_are_checked(weight):
+    weights = np.append(np.ones(59), weight)
+    with pytest.raises(ValueError, match="weights must be 60 finite numbers >= 0"):
+        ranking.bias_aucs(SCORE, LABEL, MEMBER, weights=weights)
+
+
 def test_compared_aucs_are_paired():
     rng = np.random.default_rng(0)
     positive = rng.random(300) < 0.4

@@ -11,11 +11,16 @@ larger the error by chance alone (0.13 with 100 rows in 15 bins), so read it bes
 from typing import NamedTuple
 
 import numpy as np
-from scipy import sparse
-from scipy.special import bdtrik, gammaln, stdtr, stdtrit, xlog1py, xlogy
+from scipy.special import bdtrik, gammaln, xlog1py, xlogy
 
 from jax_lowrank.evaluation import intervals
-from jax_lowrank.evaluation.intervals import checked_level, divide, is_binary, membership
+from jax_lowrank.evaluation.intervals import (
+    checked_level,
+    checked_weights,
+    divide,
+    is_binary,
+    membership,
+)
 
 DRAWS = 200  # of each bin's noise behind `limits`
 STEPS = 12  # bisections there
@@ -69,17 +74,6 @@ class Reliability(NamedTuple):
     high: np.ndarray
 
 
-class Difference(NamedTuple):
-    """Error of a minus error of b, mean over S seeds, by group (G,); p is that of the limits."""
-
-    estimate: np.ndarray
-    low: np.ndarray
-    high: np.ndarray
-    p: np.ndarray
-    error: np.ndarray
-    freedom: np.ndarray
-
-
 class Decomposition(NamedTuple):
     """Brier score = reliability - resolution + uncertainty + within, each (..., G).
 
@@ -98,10 +92,11 @@ def bins(
 ) -> Bins:
     """Bins of p (..., N) in [0, 1] and y (..., N) or (N,) of 0 and 1; groups (N, G) bool.
 
-    scheme: 'width', bins of equal width; 'mass', of equal numbers of the group's rows, cut halfway
-    between neighbours, ties together. An all-true column of groups gives all rows. compat (equal
-    width only): 'netcal' closes bins on the left and the last on both sides; 'torchmetrics' gives
-    p = 1 a bin of its own. ValueError for NaN and for p outside [0, 1]: logits are not guessed.
+    scheme: 'width', bins of equal width; 'mass', of equal weight of the group's rows (the k-th ends
+    at the first row with which k/B of it is reached), ties together. weights (N,) >= 0; 2 is a row
+    twice. An all-true column of groups gives all rows. compat (equal width only): 'netcal' closes
+    bins on the left and the last on both sides; 'torchmetrics' gives p = 1 a bin of its own.
+    ValueError for NaN and for p outside [0, 1]: logits are not guessed.
     """
     groups, p = membership(groups), checked_probabilities(p)
     y = np.asarray(y)
@@ -111,16 +106,16 @@ def bins(
         raise ValueError("y must be 0 or 1: whether the event that p speaks of happened")
     if num_bins < 1 or scheme not in ("width", "mass"):
         raise ValueError(f"need num_bins >= 1 and scheme 'width' or 'mass', not {num_bins, scheme}")
-    weights = np.ones(len(groups)) if weights is None else np.asarray(weights, np.float64)
+    weights = np.ones(len(groups)) if weights is None else checked_weights(weights, len(groups))
     size = num_bins + (compat == "torchmetrics")
     column, row = np.nonzero(groups.T)  # group by group
     shape = (groups.shape[1], size, 2)
 
     def sums_of(chance: np.ndarray, event: np.ndarray) -> list[np.ndarray]:
         if scheme == "width":
-            index = _equal_width(chance, num_bins, compat)[row]
+            index = equal_width(chance, num_bins, compat)[row]
         else:
-            index = _equal_mass(chance[row], groups.sum(0), num_bins)
+            index = _equal_mass(chance[row], weights[row], groups.sum(0), num_bins)
         place = (column * size + index) * 2 + event[row].astype(int)
         p_row, w_row = chance.astype(np.float64)[row], weights[row]
         sums = (None, w_row, w_row * p_row, w_row**2 * p_row * (1 - p_row))
@@ -164,7 +159,8 @@ def corrected_error(found: Bins) -> np.ndarray:
     """The error with norm 2 less what its bins show by chance, (..., G).
 
     sqrt(max(0, sum_b n_b/N [(share_b - p_b)^2 - share_b (1 - share_b) / (n_b - 1)])), Kumar et al.
-    (2019). Bins of one row are left out, as in their code. Counts rows, not weights.
+    (2019). Bins of one row are left out, as in their code; NaN where no bin has two. Counts rows,
+    not weights.
     """
     rows = found.rows.sum(-1)
     share = divide(found.rows[..., 1], rows)
@@ -172,7 +168,8 @@ def corrected_error(found: Bins) -> np.ndarray:
     square = divide(_excess(found), found.weight.sum(-1)) ** 2 - noise
     total = rows.sum(-1)
     square = np.where(rows > 1, square * rows, 0.0).sum(-1)
-    return np.sqrt(np.maximum(divide(square, total), 0.0))
+    known = (rows > 1).any(-1)
+    return np.where(known, np.sqrt(np.maximum(divide(square, total), 0.0)), np.nan)
 
 
 def perfect(found: Bins, norm: float = 1, *, num_draws: int = 500, seed: int = 0) -> Perfect:
@@ -289,39 +286,6 @@ def brier_decomposition(found: Bins, brier) -> Decomposition:
     return Decomposition(off, resolved, uncertain, brier - (off - resolved + uncertain))
 
 
-def compare(
-    a, b, y, groups, *, num_bins: int = 15, level: float = 0.95, num_resamples: int = 1000, seed=0
-) -> Difference:
-    """Calibration error (norm 1, equal width) of a minus that of b: p of each (S, N), y (S, N).
-
-    y: a pair of events, of a and of b, (S, N) or (N,) each. Paired: both see the same resampled
-    rows and seeds; with S > 1 the variance between seeds is added (Satterthwaite's degrees of
-    freedom). Chance adds about as much to both errors, so that less of it is left in the
-    difference. Limits cover rows and seeds; with one seed rows only.
-    """
-    tail, groups = (1 + checked_level(level)) / 2, membership(groups)
-    runs = [(np.atleast_2d(p), np.atleast_2d(event)) for p, event in zip((a, b), y)]
-    num_seeds, num_rows = runs[0][0].shape
-    weights = np.random.default_rng(seed).multinomial(
-        num_rows, np.full(num_rows, 1 / num_rows), num_resamples
-    )
-    weights = np.concatenate([np.ones((1, num_rows)), weights])
-    totals = weights @ groups  # (1 + B, G)
-    by_method = []
-    for p, event in runs:
-        event = np.broadcast_to(event, p.shape)
-        errors = [_errors(*run, groups, num_bins, weights) for run in zip(p, event)]
-        by_method.append(
-            divide(np.stack(errors), np.broadcast_to(totals, (num_seeds, *totals.shape)))
-        )
-    gaps = by_method[0] - by_method[1]  # (S, 1 + B, G)
-    by_seed, rows = gaps[:, 0], gaps[:, 1:].mean(0).var(0)
-    estimate, (error, freedom) = by_seed.mean(0), intervals.rows_and_seeds(by_seed, rows, num_rows)
-    half = stdtrit(freedom, tail) * error
-    p = 2 * stdtr(freedom, -np.abs(divide(estimate, error)))
-    return Difference(estimate, estimate - half, estimate + half, p, error, freedom)
-
-
 def checked_probabilities(p) -> np.ndarray:
     """p as floats; ValueError for NaN and for values outside [0, 1]."""
     p = np.asarray(p)
@@ -335,7 +299,8 @@ def checked_probabilities(p) -> np.ndarray:
     return p
 
 
-def _equal_width(p: np.ndarray, num_bins: int, compat: str | None) -> np.ndarray:
+def equal_width(p: np.ndarray, num_bins: int, compat: str | None = None) -> np.ndarray:
+    """Bin 0 .. num_bins - 1 of every p; see `bins`."""
     if compat is None:
         edges = (np.arange(1, num_bins) / num_bins).astype(p.dtype)  # as p rounds them
         return np.searchsorted(edges, p, side="left")
@@ -350,31 +315,22 @@ def _equal_width(p: np.ndarray, num_bins: int, compat: str | None) -> np.ndarray
     raise ValueError(f"compat must be None, 'netcal' or 'torchmetrics', not {compat!r}")
 
 
-def _equal_mass(p: np.ndarray, sizes: np.ndarray, num_bins: int) -> np.ndarray:
+def _equal_mass(p: np.ndarray, weights, sizes: np.ndarray, num_bins: int) -> np.ndarray:
     """Bin (M,) of p (M,), the rows of one group after the other, of these sizes."""
-    index, parts = np.empty(p.size, int), np.arange(1, num_bins)
+    index, parts = np.empty(p.size, int), np.arange(1, num_bins) / num_bins
     for stop, size in zip(np.cumsum(sizes), sizes):
-        inside = p[stop - size : stop]
-        ordered = np.sort(inside)
-        ends = parts * (size // num_bins) + np.minimum(parts, size % num_bins)
-        ends = ends[ends < size]
-        cuts = np.unique((ordered[ends - 1] + ordered[ends]) / 2)
-        index[stop - size : stop] = np.searchsorted(cuts, inside, side="left")
+        rows = slice(stop - size, stop)
+        order = np.argsort(p[rows])
+        reached = np.cumsum(weights[rows][order])
+        ends = np.searchsorted(reached, parts * reached[-1:].sum() * (1 - 1e-12))
+        cuts = np.unique(p[rows][order][ends]) if size else p[rows]
+        index[rows] = np.searchsorted(cuts, p[rows], side="left")
     return index
 
 
 def _excess(found: Bins) -> np.ndarray:
     """Sum of w (y - p) in each bin."""
     return found.weight[..., 1] - found.probability.sum(-1)
-
-
-def _errors(p, y, groups, num_bins: int, weights) -> np.ndarray:
-    """Summed |excess| over the bins of every group under weights (B, N): (B, G)."""
-    row, column = np.nonzero(groups)
-    place = column * num_bins + _equal_width(checked_probabilities(p), num_bins, None)[row]
-    shape = (len(groups), groups.shape[1] * num_bins)
-    excess = sparse.csr_array(((y - p)[row], (row, place)), shape=shape)
-    return np.abs(weights @ excess).reshape(len(weights), -1, num_bins).sum(-1)
 
 
 def _norm(gap: np.ndarray, weight: np.ndarray, norm: float, axis: int = -1) -> np.ndarray:

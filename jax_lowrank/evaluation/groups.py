@@ -11,7 +11,13 @@ from typing import NamedTuple
 import numpy as np
 from scipy.special import stdtrit
 
-from jax_lowrank.evaluation.intervals import checked_level, divide, membership
+from jax_lowrank.evaluation.intervals import (
+    checked_level,
+    checked_weights,
+    divide,
+    membership,
+    too_few_rows,
+)
 
 
 class Counts(NamedTuple):
@@ -153,7 +159,7 @@ def group_rates(counts: Counts, *, positive: int = 1, minimum: int = 10) -> Grou
     by_group = enough(counts.by_group, counts.rows)
     reasons = []
     for rate, n, what in zip(by_group, behind, SUPPORT):
-        why = _too_few(n, minimum, what)
+        why = too_few_rows(n, minimum, what)
         # weights of 0 can leave a share of nothing among enough rows
         reasons.append(np.where(np.isnan(rate) & (why == ""), "weights of 0 only", why))
     overall = enough(counts.overall, counts.overall_rows)
@@ -184,7 +190,7 @@ def group_means(
             correction = rows[g] / (rows[g] - 1)
             errors[..., g] = np.sqrt(correction * spread.sum(-1)) / weight.sum()
     half = stdtrit(np.maximum(rows - 1, 1), tail) * errors
-    reason = _too_few(rows, max(minimum, 2), "rows")
+    reason = too_few_rows(rows, max(minimum, 2))
     return GroupMeans(means, means - half, means + half, rows, reason)
 
 
@@ -237,14 +243,6 @@ def checked_classes(values, num_classes: int, name: str) -> np.ndarray:
     return values
 
 
-def checked_weights(weights, num_rows: int) -> np.ndarray:
-    """Sample weights (N,) as float64; ValueError unless they are finite and not negative."""
-    weights = np.asarray(weights, np.float64)
-    if weights.shape != (num_rows,) or not (np.isfinite(weights) & (weights >= 0)).all():
-        raise ValueError(f"weights must be {num_rows} finite numbers >= 0, not {weights}")
-    return weights
-
-
 def _tables(labels, predictions, groups, num_classes, weights) -> np.ndarray:
     row, column = np.nonzero(groups)
     num_groups, size = groups.shape[1], num_classes**2
@@ -272,11 +270,6 @@ def _parts(table: np.ndarray, positive: int) -> list[tuple[np.ndarray, np.ndarra
         (np.trace(table, axis1=-2, axis2=-1), total),
         (2 * hit, labelled + predicted),
     ]
-
-
-def _too_few(counts: np.ndarray, minimum: int, what: str) -> np.ndarray:
-    found = [f"{n} {what}, fewer than {minimum}" if n < minimum else "" for n in counts.ravel()]
-    return np.array(found, dtype=object).reshape(counts.shape)
 
 
 def _benefits(table: np.ndarray, positive: int) -> tuple[np.ndarray, np.ndarray]:

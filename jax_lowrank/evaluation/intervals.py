@@ -215,6 +215,20 @@ def membership(groups) -> np.ndarray:
     return groups.astype(bool)
 
 
+def checked_weights(weights, num_rows: int) -> np.ndarray:
+    """Sample weights (N,) as float64; ValueError unless they are finite and not negative."""
+    weights = np.asarray(weights, np.float64)
+    if weights.shape != (num_rows,) or not (np.isfinite(weights) & (weights >= 0)).all():
+        raise ValueError(f"weights must be {num_rows} finite numbers >= 0, not {weights}")
+    return weights
+
+
+def too_few_rows(counts: np.ndarray, minimum: int, what: str = "rows") -> np.ndarray:
+    """Like counts, strings: why fewer rows than `minimum` give no number, '' where they suffice."""
+    found = [f"{n} {what}, fewer than {minimum}" if n < minimum else "" for n in counts.ravel()]
+    return np.array(found, dtype=object).reshape(counts.shape)
+
+
 def is_binary(values: np.ndarray) -> bool:
     """Whether every value is 0 or 1 (or a bool)."""
     return values.dtype == bool or bool(((values == 0) | (values == 1)).all())

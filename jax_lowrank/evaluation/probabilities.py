@@ -10,7 +10,7 @@ from scipy.fft import dct, idct
 from scipy.optimize import brentq
 from scipy.special import log_softmax, logsumexp
 
-from jax_lowrank.evaluation.intervals import membership
+from jax_lowrank.evaluation.intervals import checked_weights, membership
 
 GRID = 1024  # cells of [0, 1] on which the smooth calibration error is computed
 LOG_TEMPERATURE = 7.0  # temperatures are sought within exp(+-7)
@@ -96,7 +96,7 @@ def smooth_calibration_error(p, y, groups, weights=None) -> np.ndarray:
     """
     groups, p = membership(groups), np.asarray(p, np.float64)
     y = np.broadcast_to(np.asarray(y, np.float64), p.shape)
-    weights = np.ones(len(groups)) if weights is None else np.asarray(weights, np.float64)
+    weights = np.ones(len(groups)) if weights is None else checked_weights(weights, len(groups))
     row, column = np.nonzero(groups)
     size = groups.shape[1] * GRID
     densities = []

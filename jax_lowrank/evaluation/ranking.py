@@ -13,6 +13,7 @@ from scipy.special import expit, logit, ndtri, stdtr, stdtrit
 
 from jax_lowrank.evaluation.intervals import (
     checked_level,
+    checked_weights,
     divide,
     is_binary,
     membership,
@@ -73,7 +74,7 @@ def bias_aucs(
         raise ValueError(f"scores, labels, groups must be (..., N), (N,), (N, G), not {shapes}")
     if not is_binary(labels) or np.isnan(scores).any():
         raise ValueError("labels must be 0 or 1 and scores must not be NaN")
-    weights = np.ones(labels.size) if weights is None else np.asarray(weights, np.float64)
+    weights = np.ones(labels.size) if weights is None else checked_weights(weights, labels.size)
     labels = labels.astype(int)
     numbers = np.stack([np.bincount(labels[column], minlength=2) for column in groups.T])
     everyone = np.bincount(labels, minlength=2)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jax_lowrank.evaluation import calibration, comparisons, ranking, subgroups
+from jax_lowrank.evaluation import comparisons, group_calibration, ranking, subgroups
 from jax_lowrank.report.classification.numbers import Case, Outputs, of_rate, options
 
 METRICS = (
@@ -117,13 +117,15 @@ def between(case: Case, a: Outputs, b: Outputs) -> dict[str, comparisons.Differe
         rest = (gaps.reason[k], "", float(gaps.error[k]), float(gaps.freedom[k]))
         found[name] = comparisons.Difference(*[float(v[k]) for v in values], *facts, *rest)
     everyone = np.ones((case.labels.size, 1), bool)
-    settings = {name: case.settings[name] for name in ("num_bins", "level", "seed")}
-    error = calibration.compare(
+    settings = {name: case.settings[name] for name in ("num_bins", "minimum", "level", "seed")}
+    error = group_calibration.compare(
         a.chance, b.chance, (a.event, b.event), everyone, num_resamples=1000, **settings
     )
-    values = [float(part[0]) for part in error]
+    values = [float(part[0]) for part in error[:6]]
     p_new = values[3] if len(a.seeds) > 1 else np.nan
-    found["ece"] = comparisons.Difference(*values[:4], p_new, *facts, "", "", values[4], values[5])
+    found["ece"] = comparisons.Difference(
+        *values[:4], p_new, *facts, error.reason[0], "", *values[4:]
+    )
     return found
 
 

@@ -11,7 +11,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jax_lowrank import results
-from jax_lowrank.evaluation import calibration, comparisons, intervals, probabilities, subgroups
+from jax_lowrank.evaluation import (
+    comparisons,
+    group_calibration,
+    intervals,
+    probabilities,
+    subgroups,
+)
 from jax_lowrank.report import grid as grids
 from jax_lowrank.report.grid import Grid
 from jax_lowrank.report.tables import Estimate
@@ -216,18 +222,13 @@ def calibrated(
     case: Case, chance: np.ndarray, event: np.ndarray, groups: np.ndarray
 ) -> tuple[list[Cell], np.ndarray]:
     """ECE of groups (N, G), mean over seeds of values, limits and chance values; and (S, G)."""
-    bins = calibration.bins(chance, event, groups, num_bins=case.settings["num_bins"])
-    error, expected = calibration.calibration_error(bins), calibration.perfect(bins).mean
-    limits = calibration.limits(bins, level=case.settings["level"])
-    parts = [part.mean(0) for part in (error, limits.low, limits.high)]
-    sizes, cells = groups.sum(0), []
-    for g, size in enumerate(sizes):
-        if size < case.settings["minimum"]:
-            cells.append(Cell(np.nan, np.nan, np.nan, int(size), _few(case, size, "rows")))
-            continue
-        values = (float(part[g]) for part in parts)
-        cells.append(Cell(*values, int(size), "", float(expected[:, g].mean())))
-    return cells, error
+    settings = {name: case.settings[name] for name in ("num_bins", "minimum", "level")}
+    found = group_calibration.measure(chance, event, groups, **settings)
+    cells = []
+    for g, (size, reason) in enumerate(zip(found.rows, found.reason[0])):
+        *values, expected = (float(part[:, g].mean()) for part in found[:4])
+        cells.append(Cell(*values, int(size), reason, None if reason else expected))
+    return cells, found.error
 
 
 def group_rows(case: Case, label: str) -> list[GroupRow]:

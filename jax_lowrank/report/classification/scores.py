@@ -6,7 +6,8 @@ classes there is no AUC, since no score orders the rows.
 
 import numpy as np
 
-from jax_lowrank.evaluation import probabilities, ranking, subgroups
+from jax_lowrank.evaluation import group_calibration, probabilities, ranking, subgroups
+from jax_lowrank.evaluation.intervals import too_few_rows
 from jax_lowrank.report.classification.numbers import Case, Cell, Outputs, options
 
 TITLES = {
@@ -16,6 +17,7 @@ TITLES = {
     "bpsn_auc": "AUC of its negatives and other positives (BPSN)",
     "bnsp_auc": "AUC of its positives and other negatives (BNSP)",
     "smooth_ece": "Smooth calibration error",
+    "corrected_ece": "Calibration error of norm 2 without what chance adds",
 }
 
 
@@ -30,6 +32,7 @@ def of_probabilities(case: Case, each: Outputs) -> list[dict[str, Cell]]:
     binary = len(case.grid.study["classes"]) == 2
     found = _aucs(case, each, everyone) if binary else {}
     found["smooth_ece"] = _smooth(case, each, everyone)
+    found["corrected_ece"] = _corrected(case, each, everyone)
     return _by_group(found)
 
 
@@ -71,10 +74,16 @@ def _aucs(case: Case, each: Outputs, everyone: np.ndarray) -> dict[str, list[Cel
 def _smooth(case: Case, each: Outputs, everyone: np.ndarray) -> list[Cell]:
     values = probabilities.smooth_calibration_error(each.chance, each.event, everyone)
     sizes, minimum = everyone.sum(0), case.settings["minimum"]
-    few = sizes < minimum
-    reasons = [f"{n} rows, fewer than {minimum}" if n < minimum else "" for n in sizes]
     none = np.full_like(values, np.nan)
-    return _cells(np.where(few, np.nan, values), none, none, sizes, np.array(reasons, object))
+    few = np.where(sizes < minimum, np.nan, values)
+    return _cells(few, none, none, sizes, too_few_rows(sizes, minimum))
+
+
+def _corrected(case: Case, each: Outputs, everyone: np.ndarray) -> list[Cell]:
+    settings = {name: case.settings[name] for name in ("num_bins", "minimum", "level")}
+    found = group_calibration.measure(each.chance, each.event, everyone, **settings)
+    none = np.full_like(found.corrected, np.nan)
+    return _cells(found.corrected, none, none, found.rows, found.corrected_reason)
 
 
 def _by_group(found: dict[str, list[Cell]]) -> list[dict[str, Cell]]:
