@@ -64,7 +64,7 @@ def disparities(case: Case) -> list[list[str]]:
 
 def difference(case: Case, each: numbers.Outputs, full: numbers.Outputs | None) -> str:
     """D of a method minus D of full fine-tuning, mean over common seeds, paired."""
-    seeds = [seed for seed in each.seeds if full and seed in full.seeds]
+    seeds = [seed for seed in (full.seeds if full else ()) if each.has(seed)]
     if not seeds:
         return "no full fine-tuning under these seeds"
     found = subgroups.compare(

@@ -22,18 +22,29 @@ NUM_AUDITED, NUM_SHADOWS = 400, 8
 MEMBER = np.arange(NUM_AUDITED) < NUM_AUDITED // 2
 # How far the logits of the right class lie above the other, on average, by method.
 SKILL = {"head": 0.6, 1: 0.9, 4: 1.2, "full": 1.3}
+WORDS = {"prompt": "Is this {text}?", "words": ["No", "Yes"], "blank": ""}
 FULL_RATES, LORA_RATES = (1e-4, 1e-3), (1e-3, 1e-2)
 
 
 def write(
-    directory, *, skill=SKILL, unfair=(), seeds=(1, 2, 3), ranks=RANKS, num_classes=2, memory=None
+    directory,
+    *,
+    skill=SKILL,
+    unfair=(),
+    seeds=(1, 2, 3),
+    ranks=RANKS,
+    num_classes=2,
+    memory=None,
+    answers=False,
 ):
     """Write a study with this skill by method and read it back.
 
     unfair: methods that do no better than chance on the group Small. memory: method -> how far the
     logits of rows that a run was trained on lie above those of others; these methods are audited.
+    answers: the classes are answered by words; the base model is as skilled as head-only training,
+    which there is not then.
     """
-    methods = [MethodSpec("head", (1e-2,))]
+    methods = [] if answers else [MethodSpec("head", (1e-2,))]
     methods += [MethodSpec("lora", LORA_RATES, rank=rank) for rank in ranks]
     methods += [MethodSpec("full", FULL_RATES)]
     study = Study(
@@ -53,9 +64,10 @@ def write(
     }
     if memory:
         rows["audited"] = _rows(NUM_AUDITED, 3, num_classes)
-    results.open_study(directory, _description(study, num_classes), rows)
+    results.open_study(directory, _description(study, num_classes, answers), rows)
+    low = skill["head"] if answers else 0.0
     base = _record("base", None, None, None) | {"seconds": {"evaluate": 1.0}}
-    results.write_run(directory, base, [], _logits(rows, 0.0, (0, 0), False, num_classes), {})
+    results.write_run(directory, base, [], _logits(rows, low, (0, 0), False, num_classes), {})
     for method in methods:
         key = method.rank if method.name == "lora" else method.name
         best = method.learning_rates[0]
@@ -113,7 +125,7 @@ def _logits(rows, skill, seeds, unfair, num_classes):
     return found
 
 
-def _description(study, num_classes):
+def _description(study, num_classes, answers):
     classes = ["fine", "bad", "worse"][:num_classes]
     sizes = {"rows": 10, "hash": "h" * 64, "ids": [], "by_group": [5, 2, 1], "truncated": 0}
     by_class = [6, 4, 0][:num_classes]
@@ -126,6 +138,7 @@ def _description(study, num_classes):
         "group_names": list(GROUPS),
         "classes": classes,
         "positive": classes[1],
+        "answers": WORDS if answers else None,
         "data_hash": "d" * 64,
         "task_notes": {"source": "synthetic rows"},
         "splits": {n: sizes | {"by_class": by_class} for n in ("train", "validation", "test")},

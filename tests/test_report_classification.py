@@ -16,7 +16,7 @@ from test_report_page import _read
 from jax_lowrank import results
 from jax_lowrank.config import EvalSpec
 from jax_lowrank.evaluation import calibration
-from jax_lowrank.evaluation.probabilities import smooth_calibration_error
+from jax_lowrank.evaluation.probabilities import smooth_calibration_error, softmax
 from jax_lowrank.report import drawing, kinds
 from jax_lowrank.report import figures as report_figures
 from jax_lowrank.report import grid as grids
@@ -271,6 +271,33 @@ def test_claims_say_what_was_built_in(case, study):
     assert "Low rank is less accurate on the worst-served group (worst-group accuracy)" in text
 
 
+def test_a_base_model_that_answers_is_measured_beside_the_others(tmp_path):
+    result = report_classification.write(tmp_path, answers=True, seeds=(1, 2), ranks=(1,))
+    case = numbers.arrange(result)
+    assert list(case.outputs) == ["base", "LoRA r=1", "full fine-tuning"]
+    run, full = case.grid.base.arrays["test/logits"], case.outputs["full fine-tuning"]
+    right = run.argmax(1) == case.labels
+    pair = next(pair for pair in effects.at_best(case) if pair.label == "base")
+    assert pair.note == "one model without a seed, beside each seed of the other"
+    apart = right.mean() - (full.predictions == case.labels).mean()
+    assert pair.found["accuracy"].estimate == pytest.approx(apart)
+    assert pair.found["ece"].num_seeds == 2
+    assert len(numbers.summary(case)["ece"]["base"].per_seed) == 1
+    report = page.write(tmp_path, result)
+    text = " ".join(_read(report.read_text("utf-8")).text)
+    assert "untrained head" not in text and "`base` answers by words" in text
+    assert f"base {100 * right.mean():.1f} % (worst group" in text.split("Largest gaps")[0]
+    assert figures.keys_of(case)[0].text == figures.curve_keys(case)[-2].text == "base"
+    rows = csv.DictReader(io.StringIO((report.parent / "results.csv").read_text("utf-8")))
+    assert any(r["kind"] == "base" and r["name"] == "ece" and r["value"] for r in rows)
+    lines = script("das_disparity")["disparities"](case)
+    assert lines[0][0] == "base" and "p" in lines[0][-1]
+
+
+def test_without_answers_the_base_model_says_nothing(case, html):
+    assert "base" not in case.outputs and "the model under an untrained head" in html
+
+
 def test_three_classes_have_a_top_label_calibration(tmp_path):
     result = report_classification.write(tmp_path, num_classes=3, seeds=(1,), ranks=(1,))
     case = numbers.arrange(result)
@@ -279,6 +306,15 @@ def test_three_classes_have_a_top_label_calibration(tmp_path):
     assert numbers.summary(case)["ece"]["full fine-tuning"].value > 0
     pair = effects.between(case, case.outputs["LoRA r=1"], each)
     assert np.isfinite([pair[name].estimate for name in effects.METRICS]).all()
+    logits = case.grid.runs["full fine-tuning"][1].arrays["test/logits"]
+    p, positive = softmax(logits)[:, case.positive], case.labels == case.positive
+    pairs = p[positive][:, None] - p[~positive][None]
+    found = scores.of_probabilities(case, each)
+    auc = ((pairs > 0) + (pairs == 0) / 2).mean()
+    assert found[0]["subgroup_auc"].value == pytest.approx(auc)  # of all rows
+    assert found[1]["bpsn_auc"].value > 0.5 and found[2]["bnsp_auc"].value > 0.5
+    html = page.render(case, [])
+    assert "of the probability of “bad”, which is told from all other classes: inside" in html
 
 
 def test_the_page_is_well_formed_and_says_what_is_missing(html):

@@ -6,6 +6,7 @@ from jax_lowrank.report.answer import edges, seeds_said
 from jax_lowrank.report.claims import CANNOT_TELL, CONTRADICTED, SUPPORTED, Claim, count_verdicts
 from jax_lowrank.report.classification import effects
 from jax_lowrank.report.classification.numbers import HEAD, TITLES, Case, Gap
+from jax_lowrank.report.grid import BASE
 from jax_lowrank.report.tables import Estimate
 
 ONE_ANSWER = 0.95  # share of one answer from which a method hardly tells rows apart
@@ -60,7 +61,11 @@ def limits(case: Case, found: list[Claim]) -> list[str]:
         " larger ones."
     )
     said.append(
-        "`base` is the model under an untrained head and is left out here; `results.csv` has it."
+        "`base` answers by words without any training. It has no seed: the same answers stand"
+        " beside every seed of another method, whose seeds alone vary in their difference."
+        if BASE in case.outputs
+        else "`base` is the model under an untrained head and is left out here; `results.csv` has"
+        " it."
     )
     said += edges(grid)
     said.append(
@@ -75,7 +80,7 @@ def _levels(case: Case, summary: dict[str, dict[str, Estimate]]) -> str:
     majority = int(np.argmax(study["splits"]["train"]["by_class"]))
     share = float((case.labels == majority).mean())
     by_rank = sorted(case.grid.lora, key=lambda label: case.grid.record(label)["rank"])
-    shown = [case.grid.full, *dict.fromkeys((*by_rank[:1], *by_rank[-1:])), HEAD]
+    shown = [case.grid.full, *dict.fromkeys((*by_rank[:1], *by_rank[-1:])), HEAD, BASE]
     parts = [
         f"{label} {_percent(accuracy[label].value)} (worst group {_percent(worst[label].value)})"
         for label in shown

@@ -9,7 +9,13 @@ from typing import NamedTuple
 import numpy as np
 
 from jax_lowrank.evaluation import comparisons, group_calibration, ranking, subgroups
-from jax_lowrank.report.classification.numbers import Case, Outputs, of_rate, options
+from jax_lowrank.report.classification.numbers import (
+    NO_SEED,
+    Case,
+    Outputs,
+    of_rate,
+    options,
+)
 
 METRICS = (
     "accuracy",
@@ -18,6 +24,7 @@ METRICS = (
     "equalized_odds_difference",
     "ece",
 )
+ALONE = "one model without a seed, beside each seed of the other"
 MATCHED = "LoRA at full fine-tuning's validation"  # ... accuracy, or F1
 
 
@@ -47,8 +54,8 @@ def at_best(case: Case) -> list[Effects]:
     full = case.grid.full
     if full not in case.outputs:
         return []
-    pairs = [(label, case.outputs[label]) for label in case.outputs if label != full]
-    return [pair for label, each in pairs if (pair := _paired(case, label, each))]
+    found = [_paired(case, label, case.outputs[label]) for label in case.outputs if label != full]
+    return [pair for pair in found if pair]
 
 
 def matched(case: Case) -> Effects | None:
@@ -166,11 +173,12 @@ def _undefined(case: Case, reason: str) -> comparisons.Difference:
 
 def _paired(case: Case, label: str, each: Outputs) -> Effects | None:
     a, b = _common(case, each)
-    return None if a is None else Effects(label, case.grid.full, between(case, a, b))
+    note = ALONE if each.seeds == NO_SEED else ""
+    return None if a is None else Effects(label, case.grid.full, between(case, a, b), note)
 
 
 def _common(case: Case, each: Outputs) -> tuple[Outputs | None, Outputs | None]:
     """A method and full fine-tuning under the seeds that both finished."""
     full = case.outputs[case.grid.full]
-    seeds = [seed for seed in each.seeds if seed in full.seeds]
+    seeds = [seed for seed in full.seeds if each.has(seed)]
     return (each.take(seeds), full.take(seeds)) if seeds else (None, None)

@@ -16,6 +16,7 @@ from jax_lowrank.report.classification.numbers import (
 )
 from jax_lowrank.report.drawing import COLORS, Key, Panel, panel
 from jax_lowrank.report.figures import Figure, rank_axis, rank_line, series_keys
+from jax_lowrank.report.grid import BASE
 from jax_lowrank.report.tables import Estimate
 
 CURVES = (*effects.METRICS, "nll")
@@ -48,11 +49,19 @@ def all_figures(
 
 
 def roles(case: Case) -> dict[str, str]:
-    """Colour role -> label of what is shown side by side: head only, extreme ranks, full."""
+    """Colour role -> label of what is shown side by side: `untuned`, extreme ranks, full."""
     by_rank = sorted(case.grid.lora, key=lambda label: case.grid.record(label)["rank"])
-    found = {"head": HEAD} if HEAD in case.outputs else {}
+    found = {"head": label} if (label := untuned(case)) else {}
     found |= dict(zip(("low", "high"), dict.fromkeys((*by_rank[:1], *by_rank[-1:]))))
     return found | ({"full": case.grid.full} if case.grid.full else {})
+
+
+def untuned(case: Case) -> str:
+    """What stands for no adaptation: head-only training, or the base model that answers by words.
+
+    '' where there is neither.
+    """
+    return next((label for label in (HEAD, BASE) if label in case.outputs), "")
 
 
 def keys_of(case: Case) -> list[Key]:
@@ -61,14 +70,15 @@ def keys_of(case: Case) -> list[Key]:
 
 
 def by_rank(case: Case, summary: dict[str, dict[str, Estimate]]) -> Figure | None:
-    """Every metric against the rank, with head-only and full fine-tuning as levels."""
+    """Every metric against the rank, with `untuned` and full fine-tuning as levels."""
     if not case.grid.lora:
         return None
     panels = [curve(case, TITLES[name], summary[name]) for name in CURVES if name in summary]
+    dashed = f"“{untuned(case)}” (dashed) and " if untuned(case) else ""
     caption = (
         "Rank on a log₂ axis, alpha as configured. Lines join means over seeds; bars are intervals"
-        " over rows and seeds (calibration: over rows); small dots are single seeds. Head-only"
-        " training (dashed) and full fine-tuning (solid, with the band of its seeds) are levels."
+        " over rows and seeds (calibration: over rows); small dots are single seeds. Levels:"
+        f" {dashed}full fine-tuning (solid, with the band of its seeds)."
         " Methods see the same rows, so differences are known better than bars suggest."
     )
     return Figure("by-rank", "By rank", caption, panels, curve_keys(case))
@@ -77,7 +87,7 @@ def by_rank(case: Case, summary: dict[str, dict[str, Estimate]]) -> Figure | Non
 def curve_keys(case: Case) -> list[Key]:
     """The legend of `curve`."""
     keys = series_keys(case.grid)
-    keys += [Key("base", "╌", HEAD)] if HEAD in case.outputs else []
+    keys += [Key("base", "╌", untuned(case))] if untuned(case) else []
     return keys + ([Key("full", "━", "full fine-tuning")] if case.grid.full else [])
 
 
@@ -195,7 +205,7 @@ def curve(case: Case, title: str, values: dict[str, Estimate]) -> Panel:
     }
     levels = {
         role: values[label]
-        for role, label in (("base", HEAD), ("full", case.grid.full))
+        for role, label in (("base", untuned(case)), ("full", case.grid.full))
         if label in values
     }
 
@@ -211,7 +221,7 @@ def curve(case: Case, title: str, values: dict[str, Estimate]) -> Panel:
                 axes.axhspan(*band, color=COLORS[role], alpha=0.18, lw=0, zorder=0)
         rank_axis(axes, sorted({rank for pairs in lines.values() for rank, _ in pairs}))
 
-    names = {"base": HEAD, "full": "full"}
+    names = {"base": untuned(case), "full": "full"}
     parts = [f"{names[role]} {level.value:.3g}" for role, level in levels.items()]
     parts += [
         f"{name} rank {rank:g}: {e.value:.3g}" for name, pairs in lines.items() for rank, e in pairs

@@ -19,11 +19,12 @@ from jax_lowrank.evaluation import (
     subgroups,
 )
 from jax_lowrank.report import grid as grids
-from jax_lowrank.report.grid import Grid
+from jax_lowrank.report.grid import BASE, Grid
 from jax_lowrank.report.tables import Estimate
 from jax_lowrank.results import RunResult, StudyResult
 
 HEAD = "head only"
+NO_SEED = (-1,)  # of the base model, which is drawn by none
 RATES = {"accuracy": "rows", "selection": "rows", "tpr": "positives", "fpr": "negatives"}
 TITLES = {
     "accuracy": "Accuracy",
@@ -47,7 +48,8 @@ class Outputs(NamedTuple):
 
     chance (S, N): P(positive) and event (S, N) the label, with two classes; with more, the largest
     probability and whether it was right. scaled: chance after temperature scaling on validation
-    rows. validation: `utility` there, (S,).
+    rows. score (S, N): P(positive), whatever the number of classes. validation: `utility` there,
+    (S,).
     """
 
     seeds: tuple[int, ...]
@@ -56,18 +58,25 @@ class Outputs(NamedTuple):
     event: np.ndarray
     scaled: np.ndarray
     nll: np.ndarray
+    score: np.ndarray
     validation: np.ndarray
     temperature: np.ndarray
 
+    def has(self, seed: int) -> bool:
+        """Whether there are outputs to set beside others of this seed."""
+        return seed in self.seeds or self.seeds == NO_SEED
+
     def take(self, seeds: Sequence[int]) -> "Outputs":
-        """The runs of these seeds, in this order."""
-        rows = [self.seeds.index(seed) for seed in seeds]
+        """The runs of these seeds, in this order; the base model's only run under each of them."""
+        alone = self.seeds == NO_SEED
+        rows = [0 if alone else self.seeds.index(seed) for seed in seeds]
         return Outputs(tuple(seeds), *[part[rows] for part in self[1:]])
 
 
 class Case(NamedTuple):
     """The test rows of a study, its settings, and the outputs of every method that was reported.
 
+    `base` is among them where it answers by words; under an untrained head it says nothing.
     labels (N,), members (N, G) bool over `names`; positive: the class that rates speak of. tuning:
     (label, learning rate) -> outputs of the run that tried it.
     """
@@ -169,8 +178,9 @@ def arrange(result: StudyResult) -> Case:
     def outputs(runs: Sequence[RunResult]) -> Outputs:
         return _outputs(runs, rows.labels, validation.labels, positive, match)
 
-    order = {HEAD: 0, grid.full: 2}
-    labels = sorted(grid.labels, key=lambda label: order.get(label, 1))
+    order = {BASE: -1, HEAD: 0, grid.full: 2}
+    labels = [*([BASE] if grid.study.get("answers") else []), *grid.labels]
+    labels.sort(key=lambda label: order.get(label, 1))
     found = {label: outputs(list(grid.runs[label].values())) for label in labels}
     tuning = {
         (run.record["label"], run.record["learning_rate"]): outputs([run])
@@ -342,11 +352,13 @@ def _outputs(runs, labels, validation_labels, positive: int, match: str) -> Outp
                 event,
                 _event(logits / temperature, labels, positive)[0],
                 probabilities.nll(logits, labels),
+                probabilities.softmax(logits)[:, positive],
                 utility(held_out.argmax(1), validation_labels, positive, match),
                 temperature,
             )
         )
     seeds = tuple(run.record["seed"] for run in runs)
+    seeds = NO_SEED if runs[0].record["kind"] == "base" else seeds
     return Outputs(seeds, *[np.stack(column) for column in zip(*parts)])
 
 

@@ -131,7 +131,7 @@ def run_metrics(case: Case, run: RunResult) -> list[Metric]:
 
 def _of_probabilities(case: Case, run: RunResult) -> list[Metric]:
     """What a reported run's probabilities say, overall and by group: calibration errors, AUCs."""
-    if run.record["kind"] != "final" or run.record["label"] not in case.outputs:
+    if run.record["kind"] not in ("final", "base") or run.record["label"] not in case.outputs:
         return []
     one = case.outputs[run.record["label"]].take([run.record["seed"]])
     errors, _ = numbers.calibrated(case, one.chance, one.event, case.everyone)

@@ -1,7 +1,7 @@
 """What the groups' scores are worth: precision, F1, the three AUCs, calibration without bins.
 
 Means over seeds of each run's value and of its limits, which cover rows alone. With more than two
-classes there is no AUC, since no score orders the rows.
+classes the AUCs are of the positive class's probability: that class against all others.
 """
 
 import numpy as np
@@ -29,8 +29,7 @@ def of_groups(case: Case, each: Outputs) -> list[dict[str, Cell]]:
 def of_probabilities(case: Case, each: Outputs) -> list[dict[str, Cell]]:
     """`of_groups` without what the predictions alone say."""
     everyone = case.everyone
-    binary = len(case.grid.study["classes"]) == 2
-    found = _aucs(case, each, everyone) if binary else {}
+    found = _aucs(case, each, everyone)
     found["smooth_ece"] = _smooth(case, each, everyone)
     found["corrected_ece"] = _corrected(case, each, everyone)
     return _by_group(found)
@@ -61,7 +60,7 @@ def _rates(case: Case, each: Outputs) -> list[dict[str, Cell]]:
 def _aucs(case: Case, each: Outputs, everyone: np.ndarray) -> dict[str, list[Cell]]:
     settings = {name: case.settings[name] for name in ("minimum", "level")}
     is_positive = (case.labels == case.positive).astype(int)
-    found = ranking.bias_aucs(each.chance, is_positive, everyone, **settings)
+    found = ranking.bias_aucs(each.score, is_positive, everyone, **settings)
     parts = {"subgroup_auc": found.subgroup, "bpsn_auc": found.bpsn, "bnsp_auc": found.bnsp}
     return {
         name: _cells(
