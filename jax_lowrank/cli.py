@@ -299,6 +299,8 @@ def evaluate_command(args: list[str]) -> int:
 
         trained.check_new(out)
         model = trained.load(target, spec.model)
+        if model.record and model.seen is None:
+            note(f"{target} keeps no trained_on.json: rows that it was trained on are not noticed")
         if dry:
             print(dry_run.evaluating(model, spec, out))
             return 0

@@ -92,6 +92,7 @@ examples
 
 what to know
   --data FILE     short for --data.path; a run brings its columns, classes and length
+  --trained-rows  measures rows that the run was trained on too; else a file with some is refused
   --out DIR       keeps metrics.json and predictions.npz
   --dry-run       checks everything, prints configuration, sizes and memory, and measures nothing
 """

@@ -92,7 +92,9 @@ class MethodSpec:
     plus_ratio: float = 1.0
     """LoRA+: learning rate of B as a multiple of that of A."""
     epochs: int = 0
-    """In a study, where this method trains for another number of epochs; 0: train.epochs."""
+    """In a study, where this method trains for another number of epochs; 0: train.epochs. It is the
+    length of one schedule, of which the validation loss chooses the step that is kept; schedules of
+    several lengths are not searched."""
 
     def __post_init__(self) -> None:
         require(self.epochs >= 0, f"epochs {self.epochs} is negative; 0 means train.epochs")

@@ -170,6 +170,8 @@ class EvaluateSpec:
     batch_size: int = 64
     level: float = 0.95
     """Of every interval."""
+    trained_rows: bool = False
+    """Measure rows that the run was trained on as well; else a file that has some is refused."""
     model: LoadSpec = LoadSpec()
 
     def __post_init__(self) -> None:

@@ -56,7 +56,7 @@ def finetuning(job: finetune.Job) -> str:
         f"steps: {steps:,} ({batches.steps_per_epoch:,} an epoch), at most"
         f" {spec.train.batch_size} x {batches.width(widest)} tokens each\n"
         f"{memory(amounts)}\n"
-        f"would write {job.out}: {', '.join(finetune.FILES)}, trainable.safetensors"
+        f"would write {job.out}: {finetune.FILES}, trainable.safetensors"
         f" ({megabytes(num_bytes(trainable))})"
     )
 

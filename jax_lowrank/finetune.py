@@ -1,7 +1,7 @@
 """One fine-tuning run: check everything, train, measure before and after, write one directory.
 
-RUN/ holds config.json, record.json, splits.json (row ids), log.jsonl, predictions.npz (example by
-example) and trainable.safetensors.
+RUN/ holds config.json, record.json, splits.json (row ids), trained_on.json (hashes of the training
+rows), log.jsonl, predictions.npz (example by example) and trainable.safetensors.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from jax_lowrank.tasks import encode, text
 from jax_lowrank.trained import mean_loss, measure, observe, sentence
 from jax_lowrank.workers import claim
 
-FILES = ("config.json", "record.json", "splits.json", "log.jsonl", "predictions.npz")
+FILES = "config.json, record.json, splits.json, trained_on.json, log.jsonl, predictions.npz"
 
 
 class Job(NamedTuple):
@@ -385,6 +385,7 @@ def write(job: Job, record: dict, log: list[dict], outputs: dict, weights: Mappi
         (partial / "record.json").write_text(json.dumps(record, indent=1))
         splits = {name: list(split.ids) for name, split in job.data.splits.items()}
         (partial / "splits.json").write_text(json.dumps(splits))
+        results.write_trained_on(partial, text.hashes(job.data.splits["train"].inputs))
         (partial / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
         np.savez_compressed(partial / "predictions.npz", **predictions)
 

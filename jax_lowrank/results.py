@@ -2,6 +2,7 @@
 
 STUDY/study.json          the study's configuration, data, base model (`StudyResult.study`)
 STUDY/prompts.json        the evaluation rows, the same for every run; labelled ones without texts
+STUDY/trained_on.json     hashes of the training texts (`write_trained_on`)
 STUDY/runs/FINGERPRINT/   record.json, log.jsonl; with outputs: outputs.npz, completions.json
 """
 
@@ -17,6 +18,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+
+TRAINED_ON = "trained_on.json"
 
 
 class ResultsError(ValueError):
@@ -142,6 +145,21 @@ def write_run(
             save_file(dict(weights), partial / "trainable.safetensors")
 
     return write_directory(directory / "runs" / record["fingerprint"], write)
+
+
+def write_trained_on(directory: Path, hashes: list[str]) -> None:
+    """Keep which rows were trained on, by hash: texts stay where the data are, and ids such as row
+    numbers mean other rows in another file. Not for export: it tells who was in the data.
+    """
+    write_whole(directory / TRAINED_ON, json.dumps(sorted(set(hashes))))
+
+
+def read_trained_on(run: Path) -> frozenset[str] | None:
+    """What `write_trained_on` kept of a run, or of the study it is of; None: nothing is known."""
+    for folder in (run, run.resolve().parent.parent):
+        if (folder / TRAINED_ON).is_file():
+            return frozenset(json.loads((folder / TRAINED_ON).read_text(encoding="utf-8")))
+    return None
 
 
 def clear_partial(final: Path) -> None:

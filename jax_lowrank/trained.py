@@ -20,17 +20,21 @@ from jax_lowrank.models.head import Head
 from jax_lowrank.study.completions import decode
 from jax_lowrank.study.parts import Text
 from jax_lowrank.study.prepare import load_text, param_dtype
-from jax_lowrank.tasks import encode, readers, text
+from jax_lowrank.tasks import TaskError, encode, readers, text
 
 
 class Trained(NamedTuple):
-    """A model that can be asked as apply(*states), and the record of its run or {}."""
+    """A model that can be asked as apply(*states), and the record of its run or {}.
+
+    seen: hashes of the rows that the run was trained on; None where nothing is known of them.
+    """
 
     model: models.Model
     text: Text
     apply: Callable
     states: tuple
     record: Mapping
+    seen: frozenset[str] | None
 
 
 def load(target: str, spec: LoadSpec) -> Trained:
@@ -39,9 +43,9 @@ def load(target: str, spec: LoadSpec) -> Trained:
     spec: revision of a bare checkpoint, dtype of its or of an adapter's base. Raises ValueError or
     OSError, in one sentence.
     """
-    place = Path(target)
+    place, seen = Path(target), None
     if (place / "record.json").is_file():
-        run = export.read_run(place)
+        run, seen = export.read_run(place), results.read_trained_on(place)
         loaded = export.load_run(run)
         model, directory, record = loaded.base, run.base, run.record
         graphdef, states = loaded.graphdef, (loaded.trainable, loaded.frozen)
@@ -54,7 +58,7 @@ def load(target: str, spec: LoadSpec) -> Trained:
         model = models.load(directory, param_dtype(spec.dtype))
         graphdef, states = model.graphdef, (model.params,)
     words = load_text(directory)._replace(vocab_size=model.config.vocab_size)
-    return Trained(model, words, bind(graphdef), states, record)
+    return Trained(model, words, bind(graphdef), states, record, seen)
 
 
 def read_prompts(spec: GenerateSpec) -> list:
@@ -131,6 +135,8 @@ def read_rows(trained: Trained, spec: EvaluateSpec) -> Rows:
     kind, examples = text.read_examples(
         spec.data.path, kind, columns, head.labels, spec.data.split_column
     )
+    if not spec.trained_rows:
+        check_unseen(trained, examples)
     encoded = encode.encode(
         kind,
         examples.ids,
@@ -140,6 +146,17 @@ def read_rows(trained: Trained, spec: EvaluateSpec) -> Rows:
         mask_prompt=spec.data.mask_prompt,
     )
     return Rows(kind, examples, encoded)
+
+
+def check_unseen(trained: Trained, examples: text.Examples) -> None:
+    """Raise TaskError if a row is one that the run was trained on, whatever its id or file."""
+    hashes = text.hashes(examples.inputs) if trained.seen else []
+    both = [row for row, mark in zip(examples.ids, hashes) if mark in trained.seen]
+    if both:
+        raise TaskError(
+            f"{len(both):,} of {len(hashes):,} rows to evaluate on were trained on, e.g. {both[0]}:"
+            " leave them out, or measure them too with --trained-rows"
+        )
 
 
 def evaluate(trained: Trained, spec: EvaluateSpec) -> tuple[list[dict], dict]:

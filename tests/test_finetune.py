@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 from test_tracking import curves
 from tiny_text import jsonl
 
-from jax_lowrank import cli, data, finetune, infer, models, train, trained
+from jax_lowrank import cli, data, finetune, infer, models, results, train, trained
 from jax_lowrank.adapt.method import bind, count
 from jax_lowrank.config import MethodSpec, TrainSpec
 from jax_lowrank.config_run import CheckpointSpec, DataSpec, FinetuneSpec
@@ -126,20 +126,47 @@ def test_a_run_is_rebuilt_from_its_directory(folder, kind, monkeypatch, capsys):
     run_directory = folder / "runs" / kind
     file = folder / f"{kind}.jsonl"
     out = folder / f"again-{kind}"
-    code, said, err = run(
-        ["evaluate", run_directory, "--data", file, "--out", out], monkeypatch, capsys
-    )
-    assert code == 0, err
+    line = ["evaluate", run_directory, "--data", file, "--out", out, "--trained-rows"]
+    code, said, err = run(line, monkeypatch, capsys)
+    assert code == 0 and "not noticed" not in err, err
     found = json.loads((out / "metrics.json").read_text())
     record = record_of(run_directory)
     name = "accuracy" if kind == "classification" else "perplexity"
     again, after = found[0], metrics_of(record, "test")[name]
     assert again["name"] == name and again["value"] == pytest.approx(after["value"], rel=1e-5)
     assert again["n"] == record["splits"]["test"]["rows"] and name in said
-    code, _, err = run(
-        ["evaluate", run_directory, "--data", file, "--out", out], monkeypatch, capsys
-    )
+    code, _, err = run(line, monkeypatch, capsys)
     assert code == 2 and "is there already" in err
+
+
+@pytest.mark.parametrize("kind", METHOD)
+def test_rows_that_were_trained_on_are_refused(folder, kind, tmp_path, monkeypatch, capsys):
+    """By what they say: in another file, under other ids; and those held out are not."""
+    directory = folder / "runs" / kind
+    rows = [json.loads(line) for line in (folder / f"{kind}.jsonl").read_text().splitlines()]
+    ids = json.loads((directory / "splits.json").read_text())
+    numbers = {name: [int(i.rpartition(":")[2]) - 1 for i in ids[name]] for name in ids}
+    held_out = [rows[i] for i in numbers["validation"]]
+    line = ["evaluate", directory, "--data", jsonl(tmp_path / "held-out.jsonl", held_out)]
+    code, said, err = run(line, monkeypatch, capsys)
+    assert code == 0 and f"{len(held_out)} rows" in said, err
+    line[-1] = jsonl(tmp_path / "mixed.jsonl", [*held_out, rows[numbers["train"][-1]]])
+    for more in ([], ["--dry-run"], ["--out", tmp_path / "out"]):
+        code, said, err = run([*line, *more], monkeypatch, capsys)
+        wanted = f"1 of {len(held_out) + 1} rows to evaluate on were trained on, e.g. mixed.jsonl:"
+        assert code == 2 and not said and f"{wanted}{len(held_out) + 1}: leave them out" in err
+        assert "--trained-rows" in err and err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+    assert run([*line, "--trained-rows"], monkeypatch, capsys)[0] == 0
+
+
+def test_a_run_that_kept_no_hashes_is_measured_and_says_so(folder, tmp_path, monkeypatch, capsys):
+    old = tmp_path / "old"
+    shutil.copytree(folder / "runs" / "completion", old)
+    (old / results.TRAINED_ON).unlink()
+    line = ["evaluate", old, "--data", folder / "completion.jsonl"]
+    code, _, err = run(line, monkeypatch, capsys)
+    assert code == 0 and "old keeps no trained_on.json: rows that it was trained on are not" in err
 
 
 def test_classes_are_learnt(folder):
@@ -310,6 +337,7 @@ def test_dry_runs_of_the_other_commands_write_nothing(folder, tmp_path, monkeypa
     assert "model: gpt2, causal-lm head; " in said and "of at most 3 tokens; 3 continu" in said
     assert "write nothing" in said and "the parameters" not in said and "memory: param" in said
     line = ["evaluate", completion, "--data", folder / "completion.jsonl", "--dry-run"]
+    line += ["--trained-rows"]
     code, said, err = run([*line, "--out", "kept"], monkeypatch, capsys)
     assert code == 0 and "completion: 24 rows, 0 cut; at most 24 x " in said, err
     assert "would write kept: metrics.json, predictions.npz" in said

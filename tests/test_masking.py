@@ -203,6 +203,7 @@ def test_a_run_learns_and_is_measured_again(folder, tmp_path, monkeypatch, capsy
         assert stored["validation/tokens"].tolist() == [1] * 6
     assert json.loads((out / "config.json").read_text())["data"]["kind"] == "masked-lm"
     asked = ["evaluate", out, "--data", folder / "texts.jsonl", "--out", tmp_path / "again"]
+    asked += ["--trained-rows"]
     assert run(asked, monkeypatch, capsys)[0] == 0
     merged = tmp_path / "merged"
     asked = ["export", out, "--format", "hf", "--out", merged]

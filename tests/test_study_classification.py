@@ -16,7 +16,7 @@ from jax_lowrank.config_file import load_config
 from jax_lowrank.evaluation import probabilities
 from jax_lowrank.study import classification
 from jax_lowrank.study.prepare import load_text
-from jax_lowrank.tasks import TaskError, encode, text_classification
+from jax_lowrank.tasks import TaskError, encode, text, text_classification
 
 CONFIG = """
 from jax_lowrank.config import EvalSpec, MethodSpec, ModelSpec, Study, TaskSpec, TrainSpec
@@ -98,6 +98,11 @@ def test_splits_are_saved_apart_and_texts_are_not(finished):
     ids = [set(part["ids"]) for part in splits.values()]
     assert sum(map(len, ids)) == len(set().union(*ids)) == 40
     assert all(len(part["hash"]) == 64 for part in splits.values())
+    hashes = {name: part["hash"] for name, part in splits.items()}
+    assert all(run.record["splits"] == hashes for run in results.read_study(out).runs)
+    known = results.read_trained_on(next((out / "runs").iterdir()))
+    trained = [row["text"] for row in texts() if row["id"] in splits["train"]["ids"]]
+    assert known == set(text.hashes(trained)) and len(known) == len(set(trained))
     stored = "".join(p.read_text() for p in out.rglob("*.json*"))
     stored += (out / "report" / "index.html").read_text()
     assert not any(row["text"] in stored for row in texts())

@@ -78,6 +78,11 @@ def test_shadows_are_trained_as_their_targets_on_other_rows(audited):
     spec = load_config(str(config)).membership
     shadows = [run for run in study.runs if run.record["kind"] == "shadow"]
     assert len(shadows) == 4 == spec.shadows
+    seen = [run.record["splits"] for run in shadows]
+    assert len({each["train"] for each in seen}) == 4  # each trains on a half of its own
+    (hashes,) = {str(r.record["splits"]) for r in study.runs if r.record["kind"] != "shadow"}
+    assert study.study["splits"]["train"]["hash"] in hashes
+    assert {each["test"] for each in seen} == {study.study["splits"]["test"]["hash"]}
     target = next(r.record for r in study.runs if r.record["kind"] == "final" and r.record["rank"])
     pool = study.rows[membership.POOL]
     for number, shadow in enumerate(shadows):

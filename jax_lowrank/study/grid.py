@@ -35,6 +35,7 @@ from jax_lowrank.study.training import (
 )
 from jax_lowrank.sweep import OwnBatches
 from jax_lowrank.sweep.step import tokens_of
+from jax_lowrank.tasks import text
 from jax_lowrank.workers import Shard
 
 ALL = Shard()
@@ -326,6 +327,7 @@ def new_record(p: Prepared, run: Run, method: Method | None, trainable, frozen) 
         "rank": run.method.rank if run.method and run.method.name == "lora" else None,
         "learning_rate": run.learning_rate,
         "seed": run.seed,
+        "splits": membership.split_hashes(p.task, p.study.membership, run),
         "num_steps": None,
         "best_step": None,
         "validation_loss": None,
@@ -353,7 +355,7 @@ def run_base(p: Prepared, note: Callable) -> dict:
 
 
 def describe(p: Prepared) -> None:
-    """Write study.json and prompts.json; refuse a directory of another study."""
+    """Write study.json, prompts.json and trained_on.json; refuse a directory of another study."""
     task, model = p.task, p.model
     description = {
         "name": p.study.name,
@@ -379,3 +381,4 @@ def describe(p: Prepared) -> None:
     identity = fingerprint(identity, p.weights_hash)
     rows = p.kind.rows(p)
     once(lambda: results.open_study(p.out, {"fingerprint": identity, **description}, rows))
+    once(lambda: results.write_trained_on(p.out, text.hashes(task.splits["train"].texts)))

@@ -11,8 +11,9 @@ import numpy as np
 
 from jax_lowrank import shadows
 from jax_lowrank.config import MembershipSpec, Run, Study, require
-from jax_lowrank.tasks import Classification
+from jax_lowrank.tasks import Classification, Task
 from jax_lowrank.tasks.grouped import Grouped, joined
+from jax_lowrank.tasks.text import split_hash
 
 POOL = "audited"
 OTHERS = "shadows' own"
@@ -61,6 +62,15 @@ def rows_of(task: Classification, spec: MembershipSpec, seed: int) -> tuple[str,
     rest: Grouped = task.splits[OTHERS]
     taken = shadows.published(np.zeros(len(rest.ids), bool), spec.shadows, spec.seed)
     return OTHERS, np.flatnonzero(taken[:, k])
+
+
+def split_hashes(task: Task | Classification, spec: MembershipSpec | None, run: Run) -> dict:
+    """Of each split the hash of its ids in order, as this run has them: shadows train on others."""
+    found = {name: split_hash(split.ids) for name, split in task.splits.items()}
+    if run.kind == "shadow":
+        split, rows = rows_of(task, spec, run.seed)
+        found["train"] = split_hash([task.splits[split].ids[row] for row in rows])
+    return found
 
 
 def known_to(task: Classification, spec: MembershipSpec, run: Run) -> np.ndarray:

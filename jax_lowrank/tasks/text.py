@@ -315,6 +315,11 @@ def key_of(example: Any) -> str:
     return json.dumps(example, sort_keys=True)
 
 
+def hashes(inputs: Sequence[Any]) -> list[str]:
+    """16 hexadecimal characters for each input: what a run keeps of the rows it was trained on."""
+    return [hashlib.sha256(key_of(one).encode()).hexdigest()[:16] for one in inputs]
+
+
 def _cut(splits: dict[str, Examples], path: str, share: float, seed: int) -> dict[str, Examples]:
     """Part of the training rows as validation; rows with equal inputs stay together."""
     train = splits["train"]
