@@ -42,7 +42,7 @@ ALLOWED = {
     "tasks": ("tasks", "data", "masking"),
     "train": ("adapt.method", "sharding", "checkpoint", "data"),
     "infer": ("adapt.method", "sharding", "checkpoint", "data", "masking"),
-    "sweep": ("sweep", "train", "infer", "adapt", "checkpoint"),
+    "sweep": ("sweep", "train", "infer", "adapt", "checkpoint", "sharding"),
     "shadows": (),
     "config_file": ("config",),
     "config_run": ("config",),

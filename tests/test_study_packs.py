@@ -296,13 +296,29 @@ def test_memory_limits_a_pack(monkeypatch):
     assert sizes(prepared, steps, named) == [[1] * 4] * 2
     monkeypatch.setattr(memory, "of_this_device", lambda: 1)
     assert sizes(prepared, steps, named) == [[1]] * 8
+    # Each of two devices computes all of its members at once.
+    prepared.mesh = SimpleNamespace(size=2)
+    room = each.frozen + 2.5 * (each.step + own)
+    monkeypatch.setattr(memory, "of_this_device", lambda: room / packs.SHARE)
+    assert sizes(prepared, steps, named) == [[1] * 4] * 2
+    monkeypatch.setattr(memory, "of_this_device", lambda: each.frozen)  # cut, a base still fits
+    assert sizes(prepared, steps, named) == [[1]] * 8
 
 
-def test_runs_are_alone_on_several_devices_and_below_float32():
+def test_on_several_devices_packs_give_each_a_member():
+    study = of(lora(1), lora(2))
+    study[0].mesh = SimpleNamespace(size=2)
+    assert sizes(*study) == [[2, 1]]
+    assert sizes(*study, tokens=512) == [[1], [2]]  # rows keep both busy
+    study[0].mesh = SimpleNamespace(size=3)
+    assert sizes(*study) == [[2], [1]]
+    many = of(lora(1, *(1e-3 * i for i in range(1, 21))))
+    many[0].mesh = SimpleNamespace(size=20)
+    assert sizes(*many) == [[1] * 20]
+
+
+def test_runs_are_alone_below_float32():
     prepared, steps, named = of(lora(1), lora(2))
-    prepared.mesh = "two devices"
-    assert sizes(prepared, steps, named) == [[1], [2]]
-    prepared.mesh = None
     half = jax.tree.map(lambda x: x.astype("bfloat16"), prepared.model.params)
     prepared.model = prepared.model._replace(params=half)
     assert sizes(prepared, steps, named) == [[1], [2]]

@@ -1,6 +1,11 @@
 """Cells of a sweep against their single runs, and what they must not do to each other."""
 
 import functools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -11,6 +16,7 @@ from tiny import FIXTURES, apply_of, model_of, same_bytes
 
 from jax_lowrank import infer, models, sweep, train
 from jax_lowrank.adapt import METHODS
+from jax_lowrank.adapt.method import count
 from jax_lowrank.data import LabelledBatches, make_batches
 from jax_lowrank.models.head import Head
 from jax_lowrank.sweep import score, step
@@ -312,3 +318,56 @@ def test_cells_with_a_head_and_rows_of_their_own_equal_their_single_runs():
     singles = [alone(cell, loss, batches) for cell, batches in zip(cells, each)]
     apart = [differences(*each) for each in zip(singles, out, lines, strict=True)]
     assert np.max(apart) < RTOL, apart
+
+
+@pytest.mark.slow
+def test_on_several_devices_each_holds_its_share_of_the_cells(tmp_path):
+    cache = {
+        "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir or "",
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    devices = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    here = Path(__file__).parent
+    command = [sys.executable, str(here / "swept.py"), str(tmp_path / "out.json")]
+    environment = {**os.environ, **devices, **cache, "PYTHONPATH": str(here.parent)}
+    subprocess.run(command, env=environment, check=True, timeout=900)
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert np.max(found["apart"]) < RTOL, found["apart"]
+    assert found["compiled"] == 1
+    assert len(set(found["scores"][0])) == 1 and len(set(found["scores"][-1])) == 6
+    for held in found["held"]:  # six cells and two copies
+        assert all(part == [8, 1, 8] for part in held["trainable"] + held["own"])
+        assert all(whole == here and num == 8 for whole, here, num in held["shared"])
+
+
+def memory_of(num_cells):
+    """Bytes of a sweep of cells of rank 4, two at once: arguments, results and what lies between,
+    and of what each cell trains."""
+    cells = [cell_of(MIXED[1]._replace(seed=k), model_of("gpt2")) for k in range(num_cells)]
+    made = program(train.causal_lm_loss)
+    trainable, own, shared = stack(made, cells, 2).states
+    settings = stack(made, cells, 2).settings
+    chunk = jax.tree.map(lambda x: x[None], corpus().batch(0))
+    lowered = step.run_cells.lower(
+        program=made,
+        size=2,
+        paired=True,
+        trainable=trainable,
+        opt=step.init(made, trainable, settings),
+        own=own,
+        shared=shared,
+        settings=settings,
+        batches=chunk,
+        rates=np.zeros((num_cells, 1), np.float32),
+        count=1,
+        first=0,
+    )
+    found = lowered.compile().memory_analysis()
+    held = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
+    return held + found.temp_size_in_bytes, 4 * count(cells[0].trainable)
+
+
+@pytest.mark.slow
+def test_one_more_adapter_takes_its_state_and_adams():
+    (few, each), (many, _) = memory_of(2), memory_of(8)
+    assert (many - few) / 6 == pytest.approx(3 * each, rel=0.2)

@@ -4,9 +4,9 @@
 
 One process a setting; the processes of a case take turns, so that a machine whose speed drifts
 slows all of them. PEFT eager as installed, and compiled with huge pages and MKL's fast path (its
-strongest form), see peer_env.py. Writes results/sweep-<processor>.json beside this file and prints
-the table; `--table FILE` prints the table of an earlier run. About 25 minutes on 2 otherwise idle
-cores.
+strongest form), see peer_env.py. Writes results/sweep-<processor>.json beside this file, case by
+case, and prints the table; cases that are not measured again stay in it. `--table FILE` prints the
+table of a file. About 25 minutes on 2 otherwise idle cores.
 """
 
 from __future__ import annotations
@@ -109,15 +109,18 @@ def ratio(rows: list[dict], name: str, other: str) -> tuple[float, float, float]
 
 def table(result: dict) -> str:
     """Milliseconds of an adapter-step, and what it costs of a single run's and of PEFT's."""
+    dates = sorted({case["date"] for case in result["cases"].values()})
+    turns = sorted({case["turns"] for case in result["cases"].values()})
     lines = [
-        f"{result['cpu']}, {result['date']}; {result['turns']} turns, median (smallest to largest"
-        " ratio of a turn); LoRA ranks 8, 4 and 2 in turn, f32.",
+        f"{result['cpu']}, {' to '.join(dates)}; {' to '.join(map(str, turns))} turns, median"
+        " (smallest to largest ratio of a turn); LoRA ranks 8, 4 and 2 in turn, f32.",
         "",
         "| case | | ms an adapter-step | of a single run | of PEFT, eager | of PEFT, compiled |"
         " peak MB |",
         "|---|---|--:|--:|--:|--:|--:|",
     ]
-    for case, rows in result["cases"].items():
+    for case, measured in result["cases"].items():
+        rows = measured["rows"]
         others = [ALONE, *[row["name"] for row in rows if row["name"].startswith("PEFT")]]
         for row in rows:
             shares = []
@@ -131,8 +134,9 @@ def table(result: dict) -> str:
                 f"| {case} | {row['name']}{packs} | {row['seconds_median'] * 1e3:.2f} |"
                 f" {' | '.join(shares)} | {row['peak_mb']:,.0f} |"
             )
-    lines += ["", "From the start of the process, 16 adapters of 50 steps:", ""]
-    for row in result["start_up"]:
+    if "start_up" in result:
+        lines += ["", "From the start of the process, 16 adapters of 50 steps:", ""]
+    for row in result.get("start_up", []):
         mine = row["sweep"]["whole_seconds"]
         parts = [f"{row['shape']}, {row['rows']} x {row['length']}: sweep {mine:.1f} s"]
         for name in ("stock", "unlocked"):
@@ -149,7 +153,7 @@ def main() -> None:
     """Measure and write, or print the table of an earlier run."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--torch-python", default=sys.executable)
-    parser.add_argument("--cases", nargs="+", default=list(CASES), choices=CASES)
+    parser.add_argument("--cases", nargs="*", default=list(CASES), choices=CASES)
     parser.add_argument("--most", type=int, default=32, help="no more cells than these")
     parser.add_argument("--turns", type=int, default=6)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
@@ -160,18 +164,22 @@ def main() -> None:
     if options.table:
         print(table(json.loads(options.table.read_text())))
         return
-    result = {"date": datetime.date.today().isoformat(), "turns": options.turns}
-    result |= {"cpu": peer_env.cpu_vendor(), "cases": {}}
+    cpu = peer_env.cpu_vendor()
+    machine = re.sub(r"[^a-z0-9]+", "-", cpu.lower()).strip("-")
+    path = options.out or HERE / "results" / f"sweep-{machine}.json"
+    path.parent.mkdir(exist_ok=True)
+    result = json.loads(path.read_text()) if path.exists() else {"cpu": cpu, "cases": {}}
+    today = datetime.date.today().isoformat()
     with tempfile.TemporaryDirectory() as folder:
         peer = Peer(options, Path(folder))
         for case in options.cases:
-            result["cases"][case] = in_turns(settings_of(case, options, peer), options.turns)
+            rows = in_turns(settings_of(case, options, peer), options.turns)
+            result["cases"][case] = {"date": today, "turns": options.turns, "rows": rows}
+            path.write_text(json.dumps(result, indent=1) + "\n")
             print(case, "done", flush=True)
-        result["start_up"] = start_up(peer) if options.start_up else []
-    machine = re.sub(r"[^a-z0-9]+", "-", result["cpu"].lower()).strip("-")
-    path = options.out or HERE / "results" / f"sweep-{machine}.json"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n")
+        if options.start_up:
+            result["start_up"] = start_up(peer)
+            path.write_text(json.dumps(result, indent=1) + "\n")
     print(f"\n{table(result)}\n\nwritten to {path}")
 
 

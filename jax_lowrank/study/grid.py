@@ -287,6 +287,7 @@ def train_pack(
                 progress, [one.label for one in each], [one.log for one in each], own[0].curves
             ),
             loss=p.kind.loss,
+            mesh=p.mesh,
             checkpoints=checkpoints_of(p, pack, progress.note),
         )
         wanted, records = {one.name for one in named}, {}

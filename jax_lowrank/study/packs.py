@@ -70,8 +70,9 @@ class Packing:
     ):
         self.p, self.tokens, self.steps, self.beside = prepared, tokens, steps, beside
         self.specs = {spec.label: spec for spec in prepared.study.methods}
+        self.devices = 1 if prepared.mesh is None else prepared.mesh.size
         # One run keeps this machine busy: there is nothing to gain but compilation.
-        self.busy = pack_limit() < 2 * tokens
+        self.busy = self.devices * pack_limit() < 2 * tokens
         self.sizes: dict[str, int] = {}  # label -> parameters that are trained
         self.rooms: dict[str, int] = {}  # label -> runs that memory has room for
 
@@ -89,18 +90,21 @@ class Packing:
             groups.setdefault(form(one.run) or one.name, []).append(one)
         for whole in groups.values():
             for group in [whole] if self.mixes(whole) else by_seed(whole):
-                found += self.cut(group) if len(group) > 1 else [group]
+                for pack in self.cut(group) if len(group) > 1 else [group]:
+                    # Of several devices, those without a member would have nothing to do.
+                    found += [pack] if len(pack) >= self.devices else [[one] for one in pack]
         return found
 
     def possible(self) -> bool:
         """Whether runs of this study are trained together at all.
 
-        Not on several devices, which would have to share the members as well as their rows. Not
-        below float32: filling up a rank would change more there than a result's last digits.
+        Not in several processes. Not on several devices that one run keeps busy by its rows: each
+        would have to hold the whole base. Not below float32: filling up a rank would change more
+        there than a result's last digits.
         """
-        one = self.p.mesh is None and not several()
         return (
-            one
+            not several()
+            and not (self.devices > 1 and self.busy)
             and self.p.study.train.sweep_size != 1
             and dtypes(self.p.model.params) == ("float32",)
         )
@@ -120,13 +124,19 @@ class Packing:
             return False
         some = [part[0].run for part in by_seed(group)][:MOST]
         alone, together = self.beside(some)
-        apart = step_cost(alone, min(MOST, max(seeds.values())))
-        saved = apart - step_cost(together, min(MOST, len(group)))
+        apart = self.step_cost(alone, max(seeds.values()))
+        saved = apart - self.step_cost(together, len(group))
         base = count(self.p.model.params)
         work = sum(
             self.steps[one.run.label] * (4 * base + 6 * self.size(one.run.label)) for one in group
         )
         return saved * work > COMPILING  # another program is compiled for it
+
+    def step_cost(self, tokens: float, num_runs: int) -> float:
+        """What a run's step costs beside others, in tokens."""
+        limit, members = pack_limit(), min(num_runs, max(MOST, self.devices))
+        at_once = pack_size(math.ceil(members / self.devices), math.ceil(tokens), limit)
+        return tokens + FIXED * limit / at_once
 
     def cut(self, group: list[Named]) -> list[list[Named]]:
         """Packs of runs of one form. All adapters of a pack are filled up to its largest."""
@@ -165,11 +175,12 @@ class Packing:
 
     def most(self, label: str, num_methods: int) -> int:
         """How many members a pack may have, whose largest method is `label`."""
-        wanted = self.p.study.train.sweep_size or min(MOST, num_methods if self.busy else MOST)
-        return 1 if wanted == 1 else min(wanted, self.room(label))
+        most = max(MOST, self.devices)
+        wanted = self.p.study.train.sweep_size or (min(most, num_methods) if self.busy else most)
+        return 1 if wanted == 1 else max(1, min(wanted, self.room(label) * self.devices))
 
     def room(self, label: str) -> int:
-        """How many runs of a method memory has room for at once; at least one."""
+        """How many runs of a method the memory of each device has room for."""
         if label not in self.rooms:
             t, method = self.p.study.train, method_of(self.specs[label])
             alone = memory.Sizes({"data": 1, "fsdp": 1, "tensor": 1})
@@ -179,14 +190,9 @@ class Packing:
             at_once = max(1, pack_limit() // self.tokens)
             few = free // (kept + each.step)
             many = (free - at_once * each.step) // kept
-            self.rooms[label] = max(1, int(few if few < at_once else many))
+            # Several devices compute all of their members at once, one does in turns.
+            self.rooms[label] = int(many if self.devices == 1 and few >= at_once else few)
         return self.rooms[label]
-
-
-def step_cost(tokens: float, num_runs: int) -> float:
-    """What a run's step costs beside others, in tokens."""
-    limit = pack_limit()
-    return tokens + FIXED * limit / pack_size(num_runs, math.ceil(tokens), limit)
 
 
 def by_seed(group: Sequence[Named]) -> list[list[Named]]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+from jax.sharding import Mesh
 
 from jax_lowrank import data, infer, sharding, sweep, train
 from jax_lowrank.adapt.method import Method, bind, count, dtypes
@@ -90,6 +91,7 @@ def fit_pack(
     validate: Callable,
     log: Callable,
     loss: Callable,
+    mesh: Mesh | None,
     checkpoints: Checkpoints,
 ) -> list[train.Fitted | train.DivergedError]:
     """`sweep.fit` with the settings of a TrainSpec. programs: graphdef -> Program; it grows.
@@ -120,6 +122,7 @@ def fit_pack(
         validate=lambda states: validate(program, states),
         log=log,
         steps_per_call=spec.steps_per_call,
+        mesh=mesh,
         checkpoints=checkpoints,
     )
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jax_lowrank.adapt import padded
 from jax_lowrank.adapt.method import Method, State, bind
@@ -124,6 +125,23 @@ def stack(program: Program, cells: Sequence[Cell], multiple: int = 1) -> Stacked
         tuple(part.layers for part in parts[: len(cells)]),
         tuple(_shapes(cell.trainable) for cell in cells),
     )
+
+
+def share_out(tree, mesh: Mesh | None):
+    """Arrays of cells, leading K, cut over the devices of a mesh, whatever its axes are."""
+    if mesh is None:
+        return tree
+    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec(mesh.axis_names)))
+
+
+def spread(stacked: Stacked, mesh: Mesh | None) -> Stacked:
+    """The cells shared out to the devices of a mesh, each of which gets a copy of the base."""
+    if mesh is None:
+        return stacked
+    trainable, own, shared = stacked.states
+    base = jax.device_put(shared, NamedSharding(mesh, PartitionSpec()))
+    states = States(share_out(trainable, mesh), share_out(own, mesh), base)
+    return stacked._replace(states=states, settings=share_out(stacked.settings, mesh))
 
 
 def _padded(cell: Cell, rank: int | None = None) -> padded.Padded:

@@ -10,12 +10,21 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from jax_lowrank import train
 from jax_lowrank.adapt import padded
 from jax_lowrank.checkpoint import Checkpoints, Interrupted
 from jax_lowrank.sweep import step as compiled
-from jax_lowrank.sweep.cells import Cell, OwnBatches, Program, States, stack
+from jax_lowrank.sweep.cells import (
+    Cell,
+    OwnBatches,
+    Program,
+    States,
+    share_out,
+    spread,
+    stack,
+)
 from jax_lowrank.train import DivergedError, Fitted
 
 
@@ -28,20 +37,26 @@ def fit(
     log: Callable[[int, dict], None],
     steps_per_call: int = 32,
     size: int | None = None,
+    mesh: Mesh | None = None,
     checkpoints: Checkpoints | None = None,
 ) -> list[Fitted | DivergedError]:
     """`train.fit` of every cell, in the order of `cells`: what it returns, or what it would raise.
 
     batches: one for all cells, or OwnBatches. validate: losses of the stacked models (K,), those of
     surplus ones included or not. log: gets a cell's number and its line. size: how many cells are
-    computed at once; None: see `step.pack_size`. checkpoints: of the whole sweep, as `train.fit`
-    has them of a run. Seconds and speeds of a cell count its share of the sweep's time.
+    computed at once; None: see `step.pack_size`. mesh: devices of one process that share the
+    cells, all at once, each with the whole base; None: one device. checkpoints: of the whole sweep,
+    as `train.fit` has them of a run. Seconds and speeds of a cell count its share of the sweep's
+    time.
 
     Raises what `stack` raises and, with checkpoints, what `train.fit` raises of them.
     """
-    if size is None:
+    if mesh is not None:
+        size = math.ceil(len(cells) / mesh.size) * mesh.size
+    elif size is None:
         size = compiled.pack_size(len(cells), compiled.tokens_of(batches), compiled.pack_limit())
-    run = Sweep(program, cells, stack(program, cells, size), batches, validate, log, size)
+    stacked = spread(stack(program, cells, size), mesh)
+    run = Sweep(program, cells, stacked, batches, validate, log, size, mesh)
     epoch = batches.steps_per_epoch
     with checkpoints or contextlib.nullcontext():
         if not run.resume(checkpoints):
@@ -68,13 +83,13 @@ class Best(NamedTuple):
 class Sweep:
     """Where a sweep is, and the call whose numbers are awaited."""
 
-    def __init__(self, program, cells, stacked, batches, validate, log, size):
+    def __init__(self, program, cells, stacked, batches, validate, log, size, mesh):
         self.program, self.cells, self.batches = program, cells, batches
-        self.validate, self.log, self.size = validate, log, size
+        self.validate, self.log, self.size, self.mesh = validate, log, size, mesh
         self.layers, self.likes = stacked.layers, stacked.likes
         self.trainable, self.own, self.shared = stacked.states
         self.settings = stacked.settings
-        self.opt = compiled.init(program, self.trainable, self.settings)
+        self.opt = share_out(compiled.init(program, self.trainable, self.settings), mesh)
         self.ends = [cell.schedule.num_steps for cell in cells]
         self.paired = not isinstance(batches, OwnBatches)
         self.step, self.tokens, self.pending = 0, [0] * len(cells), None
@@ -142,7 +157,7 @@ class Sweep:
         if not self.paired:
             surplus = total - len(self.cells)
             chunk = jax.tree.map(lambda x: _cells_first(x, surplus), chunk)
-        self.trainable, self.opt, losses, norms = compiled.run_cells(
+        trainable, opt, losses, norms = compiled.run_cells(
             program=self.program,
             size=self.size,
             paired=self.paired,
@@ -156,6 +171,7 @@ class Sweep:
             count=count,
             first=step,
         )
+        self.trainable, self.opt = share_out((trainable, opt), self.mesh)  # as the next call's
         self.step = step + count
         living = self.living(step)
         for k in living:

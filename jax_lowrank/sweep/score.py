@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import jax
 import numpy as np
 
-from jax_lowrank import infer
+from jax_lowrank import infer, sharding
 from jax_lowrank.sweep.cells import Program, States
 from jax_lowrank.sweep.step import pack_limit, pack_size
 
@@ -60,9 +60,9 @@ def likelihood(
 def _ask(ask: Callable, program: Program, states: States, blocks, num_rows: int) -> np.ndarray:
     """(K, N, ...) float32 of what `ask` returns for blocks of rows."""
     num_models = jax.tree.leaves(states.trainable)[0].shape[0]
-    found = []
+    found, shared_out = [], sharding.mesh_of(states.trainable) is not None
     for rows, tokens, beside in blocks:
-        size = pack_size(num_models, tokens.size, pack_limit())
+        size = num_models if shared_out else pack_size(num_models, tokens.size, pack_limit())
         found.append((rows, _of_each(ask, program.apply, size, states, tokens, beside)))
     found = jax.device_get(found)
     out = np.zeros((num_models, num_rows, *found[0][1].shape[2:]), np.float32)
