@@ -64,6 +64,7 @@ def prepare(spec: FinetuneSpec, out: str, note: Callable[[str], None]) -> Job:
     require(bool(spec.data.path), "no data; give --data FILE")
     mesh = sharding.make_mesh(*vars(spec.mesh).values())
     sharding.check_rows("train.batch_size", spec.train.batch_size, spec.train.accumulate, mesh)
+    sharding.check_remat("train.remat", spec.train.remat)
     examples = read_data(spec.data)
     directory = models.weights.resolve(spec.model.path, spec.model.revision)
     key = jax.random.key(spec.seed)

@@ -1,8 +1,9 @@
 """The most memory that a traced function holds at once, counted in its jaxpr.
 
-What compilers do is followed in three things: elementwise results that are only read by other
-elementwise operations or sums are never stored, elementwise results may take the place of an
-operand that dies, and loops run in place. Everything else is stored when it is made and freed
+What compilers do is followed in four things: the same operation on the same values is done once and
+kept for its last reader (such as what a layer computes again, and its derivative too), elementwise
+results that are only read by other elementwise operations or sums are never stored, elementwise
+results may take the place of an operand that dies, and loops run in place. Everything else is stored when it is made and freed
 after its last use.
 """
 
@@ -106,8 +107,9 @@ def peak(jaxpr, size: Callable[[Any], int], given: Sequence[int] = ()) -> int:
 
 
 def flatten(jaxpr, size: Callable[[Any], int]) -> Program:
-    """A jaxpr with its calls put in and every alias replaced by what it stands for."""
-    ops, sizes = [], []
+    """A jaxpr with its calls put in, every alias replaced by what it stands for, and what is done
+    twice done once."""
+    ops, sizes, known = [], [], {}
 
     def fresh(aval) -> int:
         sizes.append(size(aval))
@@ -119,7 +121,12 @@ def flatten(jaxpr, size: Callable[[Any], int]) -> Program:
         names.update((var, fresh(var.aval)) for var in jaxpr.constvars)
 
         def number(atom) -> int:
-            return fresh(atom.aval) if hasattr(atom, "val") else names[atom]
+            if not hasattr(atom, "val"):
+                return names[atom]
+            key = (str(atom.val), str(atom.aval))
+            if key not in known:
+                known[key] = fresh(atom.aval)
+            return known[key]
 
         for eqn in jaxpr.eqns:
             name, given = eqn.primitive.name, [number(atom) for atom in eqn.invars]
@@ -129,9 +136,11 @@ def flatten(jaxpr, size: Callable[[Any], int]) -> Program:
             elif name in ALIASES:
                 names.update(zip(eqn.outvars, given))
             else:
-                made = [fresh(var.aval) for var in eqn.outvars]
-                names.update(zip(eqn.outvars, made))
-                ops.append(Op(name, tuple(given), tuple(made), eqn.params))
+                key = (name, tuple(given), str(eqn.params))
+                if key not in known:
+                    known[key] = tuple(fresh(var.aval) for var in eqn.outvars)
+                    ops.append(Op(name, tuple(given), known[key], eqn.params))
+                names.update(zip(eqn.outvars, known[key]))
         return [number(atom) for atom in jaxpr.outvars]
 
     inputs = tuple(fresh(var.aval) for var in getattr(jaxpr, "jaxpr", jaxpr).invars)

@@ -232,6 +232,17 @@ def check_rows(name: str, number: int, parts: int, mesh: Mesh | None) -> None:
         )
 
 
+def check_remat(name: str, remat: str) -> None:
+    """Raise MeshError where layers are to keep their arrays in host memory and devices have none."""
+    device = jax.local_devices()[0]
+    kinds = [memory.kind for memory in device.addressable_memories()]
+    if remat == "offload" and "pinned_host" not in kinds:
+        raise MeshError(
+            f"{name} 'offload' needs pinned host memory, which {device.platform} has not"
+            f" ({', '.join(kinds)}); use 'full', which keeps less than 'dots' on the device"
+        )
+
+
 def up_to_shards(number: int, mesh: Mesh | None) -> int:
     """The next number of rows that divides over the mesh."""
     return -(-number // row_shards(mesh)) * row_shards(mesh)

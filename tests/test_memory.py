@@ -62,6 +62,15 @@ def test_products_are_stored_and_elementwise_results_are_not():
     assert peak_of(lambda x, w: kept(x @ w, w), (10, 10), (10, 10)) == 300
 
 
+def test_what_is_done_twice_is_done_once_and_kept():
+    def twice(x, w, wide, back):
+        return ((x[:5] @ w) @ wide) @ back + x[:5] @ w
+
+    # While the wide product (5 x 100) is read, the first product (5 x 10) waits for the sum.
+    shapes = ((10, 10), (10, 10), (10, 100), (100, 10))
+    assert peak_of(twice, *shapes) == 50 + 500 + 50
+
+
 def test_a_donated_input_is_overwritten():
     assert peak_of(lambda p, g: p - 0.1 * g, (10, 10), (10, 10)) == 100
     assert peak_of(lambda p, g: p - 0.1 * g, (10, 10), (10, 10), given=[0]) == 0
@@ -106,7 +115,7 @@ def compiled(model, method, spec):
         jax.config.update("jax_disable_most_optimizations", True)
 
 
-def compare(family, name, remat, tolerance):
+def compare(family, name, remat):
     model, method = models.abstract(SIZES[family]), METHODS[name](**OPTIONS.get(name, {}))
     spec = TrainSpec(remat=remat, steps_per_call=2)
     ours, xla = (
@@ -116,21 +125,19 @@ def compare(family, name, remat, tolerance):
     # The state is exact; XLA counts the batches and numbers of the call as arguments too.
     assert 0 <= xla.argument_size_in_bytes - (ours.total - ours.step) < 20_000
     total = xla.argument_size_in_bytes + xla.temp_size_in_bytes
-    assert ours.total == pytest.approx(total, rel=tolerance), (ours, total)
+    assert ours.total == pytest.approx(total, rel=0.1), (ours, total)
 
 
 def test_the_estimate_is_within_a_tenth_of_what_xla_says():
-    compare("llama", "lora", "dots", 0.1)
+    compare("llama", "lora", "dots")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", SIZES)
 @pytest.mark.parametrize("name", ["lora", "full"])
 def test_estimates_by_method_and_policy(family, name):
-    compare(family, name, "none", 0.1)
-    compare(family, name, "dots", 0.1)
-    # One layer's working set is most of it here; XLA needs up to a sixth more for it.
-    compare(family, name, "full", 0.16)
+    for remat in memory.PLANNED:
+        compare(family, name, remat)
 
 
 def test_policies_keep_less_and_less_and_are_those_of_the_config():

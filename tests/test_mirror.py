@@ -322,3 +322,39 @@ def test_a_finetuned_run_comes_back_too(tmp_path, monkeypatch, capsys):
     shutil.rmtree(out)
     code, said = run([*line, "--seed", "7"], monkeypatch, capsys)
     assert code == 2 and "holds a run of other settings, data or code" in said
+
+
+@pytest.mark.slow
+def test_a_study_that_is_killed_and_loses_its_folder_ends_with_the_same_bits(tmp_path, forks):
+    long = SMALL.replace("max_length=24", "max_length=24, epochs=3, checkpoint_seconds=0.0")
+    long = long.replace("epochs=1, ", "steps_per_call=2, ")
+    (tmp_path / "tiny.py").write_text(long)
+    line = ["jax_lowrank.cli", "study", tmp_path / "tiny.py", "--out"]
+    whole = forks.start(*line, tmp_path / "whole")
+    assert whole.wait(900) == 0, whole.said()
+    rng, out, store = random.Random(5), tmp_path / "out", tmp_path / "store"
+    kills, said, saved = 0, "", 0
+
+    def copied():
+        return set((store / "complete").rglob("*.json"))
+
+    while True:
+        before, session = copied(), forks.start(*line, out, "--mirror", f"file://{store}")
+        saved += any("checkpoints" in path.parts for path in before)
+        session.until(lambda: session.poll() is not None or copied() - before, 900)  # noqa: B023
+        time.sleep(rng.uniform(0, 0.5))
+        if kills == 6 or session.poll() is not None:
+            break
+        session.send_signal(signal.SIGKILL)
+        session.wait(900)
+        kills, said = kills + 1, said + session.said()
+        shutil.rmtree(out)
+    assert session.wait(900) == 0, session.said()
+    said += session.said()
+    print(f"{kills} kills")
+    torn = "its list of files is damaged"  # killed while it was written: absent, and said so
+    assert kills >= 4 and saved >= 2 and "damaged" not in said.replace(torn, "")
+    same(outputs(out), outputs(tmp_path / "whole"))
+    assert store.joinpath("report", "index.html").is_file()
+    assert not any(p.is_file() for p in (store / "checkpoints").rglob("*"))
+    assert not list((store / "complete" / "checkpoints").rglob("*.json"))

@@ -191,12 +191,14 @@ def test_remat_changes_nothing():
 
         return jax.jit(jax.grad(loss)).trace(model.params)
 
-    plain, remat = gradient("dots"), gradient("full")
-    one, two = (traced.lower().compile() for traced in (plain, remat))
+    plain, remat, offload = gradient("dots"), gradient("full"), gradient("offload")
+    assert "<host>" in str(offload.jaxpr) and "<host>" not in str(plain.jaxpr)
+    one, two, three = (traced.lower().compile() for traced in (plain, remat, offload))
     assert two.cost_analysis()["flops"] > 1.1 * one.cost_analysis()["flops"]
-    expected, other = one(model.params), two(model.params)
+    expected = one(model.params)
     assert all(float(jnp.abs(g).max()) > 0 for g in jax.tree.leaves(expected))
-    chex.assert_trees_all_close(expected, other, atol=1e-5)
+    chex.assert_trees_all_close(expected, two(model.params), atol=1e-5)
+    chex.assert_trees_all_close(expected, three(model.params), atol=1e-5)
 
 
 @pytest.mark.parametrize("name", NAMES)

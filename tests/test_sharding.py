@@ -7,6 +7,7 @@ import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import jax
@@ -197,6 +198,17 @@ def test_rows_that_do_not_divide_are_refused_with_the_nearest_that_do():
     sharding.check_rows("train.batch_size", 7, 1, None)
     assert sharding.up_to_shards(9, MESH) == 12
     assert sharding.up_to_shards(9, None) == 9
+
+
+def test_offloading_is_refused_where_the_host_has_no_pinned_memory(monkeypatch):
+    sharding.check_remat("train.remat", "offload")  # CPU has it
+    bare = SimpleNamespace(
+        platform="bare", addressable_memories=lambda: [SimpleNamespace(kind="device")]
+    )
+    monkeypatch.setattr(jax, "local_devices", lambda: [bare])
+    sharding.check_remat("train.remat", "dots")
+    with pytest.raises(sharding.MeshError, match=r"^train.remat 'offload' .* bare .*; use 'full'"):
+        sharding.check_remat("train.remat", "offload")
 
 
 def test_dimensions_that_do_not_divide_are_whole_and_said():

@@ -11,7 +11,7 @@ call of 32, for each call. The calls run while JAX refuses every transfer betwee
 and compile once.
 
 Virtual devices share the cores of one machine: `step` says there what partitioning costs, not what
-more devices would save. Writes results/scaling-<processor>.json beside this file. 3 minutes on 2
+more devices would save. Writes results/scaling-<processor>.json beside this file. 6 minutes on 2
 cores.
 """
 
@@ -35,7 +35,7 @@ from jax_lowrank.data import Batch
 from jax_lowrank.study.training import make_program
 
 HERE = Path(__file__).parent
-ROWS, WIDTH, STEPS, REPEATS = 32, 48, 32, 5
+ROWS, WIDTH, STEPS, REPEATS = 32, 48, 32, 2
 DEMO = {"num_layers": 4, "width": 128, "num_heads": 4, "mlp_width": 512, "max_positions": 48}
 METHOD_OPTIONS = {"full": {}, "lora": {"rank": 8, "alpha": 16.0}}
 

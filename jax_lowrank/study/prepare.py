@@ -49,7 +49,7 @@ def prepare(
     if not has_locks(out / "claims"):
         note(f"{out} has no file locks: run one worker at a time there")
     mesh = sharding.make_mesh(*vars(study.mesh).values(), devices)
-    check_batches(study, mesh)
+    check_devices(study, mesh)
     task = make_task(study)
     kind = kind_of(task)
     if study.membership is not None:
@@ -89,11 +89,12 @@ def load_model(
     return model, model.head_paths if lacking else ()
 
 
-def check_batches(study: Study, mesh) -> None:
-    """Raise MeshError where the rows of an optimizer step do not divide over the devices."""
+def check_devices(study: Study, mesh) -> None:
+    """Raise MeshError where the devices cannot take the steps that are asked for."""
     for name, spec in (("train", study.train), ("pretrain", study.pretrain)):
         if spec is not None:
             sharding.check_rows(f"{name}.batch_size", spec.batch_size, spec.accumulate, mesh)
+            sharding.check_remat(f"{name}.remat", spec.remat)
 
 
 def note_uncut(model: models.Model, mesh, note: Callable[[str], None]) -> None:
