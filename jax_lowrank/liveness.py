@@ -1,10 +1,10 @@
 """The most memory that a traced function holds at once, counted in its jaxpr.
 
-What compilers do is followed in four things: the same operation on the same values is done once and
-kept for its last reader (such as what a layer computes again, and its derivative too), elementwise
-results that are only read by other elementwise operations or sums are never stored, elementwise
-results may take the place of an operand that dies, and loops run in place. Everything else is stored when it is made and freed
-after its last use.
+What compilers do is followed in four things: the same operation on the same values is done once
+and kept for its last reader (such as what a layer computes again and its derivative needs too),
+elementwise results that are only read by other elementwise operations or sums are never stored,
+elementwise results may take the place of an operand that dies, and loops run in place. Everything
+else is stored when it is made and freed after its last use.
 """
 
 from __future__ import annotations

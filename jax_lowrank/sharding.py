@@ -233,7 +233,7 @@ def check_rows(name: str, number: int, parts: int, mesh: Mesh | None) -> None:
 
 
 def check_remat(name: str, remat: str) -> None:
-    """Raise MeshError where layers are to keep their arrays in host memory and devices have none."""
+    """Raise MeshError where layers are to keep arrays in host memory and devices reach none."""
     device = jax.local_devices()[0]
     kinds = [memory.kind for memory in device.addressable_memories()]
     if remat == "offload" and "pinned_host" not in kinds:

@@ -290,7 +290,7 @@ def test_memory_limits_a_pack(monkeypatch):
     alone = memory.Sizes({"data": 1, "fsdp": 1, "tensor": 1})
     method = packs.method_of(prepared.study.methods[0])
     each = memory.estimate(prepared.model, method, prepared.study.train, 8, 16, alone)
-    own = 2 * each.trainable + each.optimizer
+    own = 2 * (each.trainable + each.optimizer)
     room = each.frozen + 4 * each.step + 4.5 * own  # 256 // 64 of them at a time
     monkeypatch.setattr(memory, "of_this_device", lambda: room / packs.SHARE)
     assert sizes(prepared, steps, named) == [[1] * 4] * 2

@@ -334,7 +334,7 @@ def test_on_several_devices_each_holds_its_share_of_the_cells(tmp_path):
     found = json.loads((tmp_path / "out.json").read_text())
     assert np.max(found["apart"]) < RTOL, found["apart"]
     assert found["compiled"] == 1
-    assert len(set(found["scores"][0])) == 1 and len(set(found["scores"][-1])) == 6
+    assert len(set(found["scores"][0])) == 1 and len(set(found["scores"][-1][:6])) == 6
     for held in found["held"]:  # six cells and two copies
         assert all(part == [8, 1, 8] for part in held["trainable"] + held["own"])
         assert all(whole == here and num == 8 for whole, here, num in held["shared"])
@@ -368,6 +368,7 @@ def memory_of(num_cells):
 
 
 @pytest.mark.slow
-def test_one_more_adapter_takes_its_state_and_adams():
-    (few, each), (many, _) = memory_of(2), memory_of(8)
-    assert (many - few) / 6 == pytest.approx(3 * each, rel=0.2)
+def test_one_more_adapter_takes_its_state_adams_and_copies_of_two():
+    # Where packs take turns, XLA holds two of the three arrays once more; see `Packing.room`.
+    (few, each), (many, _) = memory_of(40), memory_of(80)
+    assert (many - few) / 40 == pytest.approx(5 * each, rel=0.2)

@@ -186,7 +186,8 @@ class Packing:
             alone = memory.Sizes({"data": 1, "fsdp": 1, "tensor": 1})
             each = memory.estimate(self.p.model, method, t, t.batch_size, t.max_length, alone)
             free = SHARE * memory.of_this_device() - each.frozen
-            kept = 2 * each.trainable + each.optimizer  # with its best state so far
+            # With its best state so far; XLA copies most of the others while packs take turns.
+            kept = 2 * (each.trainable + each.optimizer)
             at_once = max(1, pack_limit() // self.tokens)
             few = free // (kept + each.step)
             many = (free - at_once * each.step) // kept
