@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import report_classification
+from scipy.special import stdtrit
 from test_report_page import _read
 
 from jax_lowrank import results
@@ -20,6 +21,7 @@ from jax_lowrank.evaluation.probabilities import smooth_calibration_error, softm
 from jax_lowrank.report import drawing, kinds
 from jax_lowrank.report import figures as report_figures
 from jax_lowrank.report import grid as grids
+from jax_lowrank.report import page as report_page
 from jax_lowrank.report.classification import (
     answer,
     claims,
@@ -333,6 +335,82 @@ def test_the_page_is_well_formed_and_says_what_is_missing(html):
     assert set(anchors) <= targets
     for word in ("unbiased", "debiased", "solved"):
         assert word not in text.lower()
+
+
+def marks(drawn):
+    """The texts of a panel's SVG."""
+    return re.findall(r"<text[^>]*>([^<]*)</text>", drawn.svg)
+
+
+def test_the_heat_map_masks_small_groups_and_stars_what_is_told(case):
+    apart = numbers.distances(case)
+    panels = dict(zip(numbers.RATES, figures.heat_map(case, apart).panels, strict=True))
+    for rate, drawn in panels.items():
+        found = [each for each in apart if each.rate == rate]
+        masked = [each for each in found if math.isnan(each.found.estimate)]
+        starred = [each for each in found if each.p_adjusted < 0.05]
+        assert {each.group for each in masked} == {"Tiny"} and len(masked) == 4
+        assert marks(drawn).count("·") == len(masked) == drawn.alt.count("too few")
+        values = [mark for mark in marks(drawn) if re.fullmatch(r"[+-]\d\.\d\d\*?", mark)]
+        assert len(values) == len(found) - len(masked)
+        assert sum(mark.endswith("*") for mark in values) == len(starred) == drawn.alt.count("*")
+    bad = next(
+        each
+        for each in apart
+        if (each.label, each.group, each.rate) == ("LoRA r=1", "Small", "accuracy")
+    )
+    said = f"{bad.found.estimate:+.2f}*"
+    assert said in marks(panels["accuracy"])
+    assert f"Small, LoRA r=1: {said};" in panels["accuracy"].alt
+
+
+def test_the_forest_holds_every_comparison_and_its_limits(case):
+    pairs = [*effects.at_best(case), effects.matched(case)]
+    drawn = figures.forest(case, pairs).panels
+    assert len(drawn) == len(effects.METRICS)
+    for name, each in zip(effects.METRICS, drawn):
+        parts = [pair.found[name] for pair in pairs]
+        said = [f"{e.estimate:+.3f} [{e.low:+.3f}, {e.high:+.3f}]" for e in parts]
+        names = ["head only", "r=1", "r=4", "matched"]
+        assert each.alt.split("; ") == [f"{n}: {text}" for n, text in zip(names, said)]
+        assert set(names) <= set(marks(each))
+    for role, each in zip(("low", "high"), figures.group_forest(case).panels, strict=True):
+        found = effects.by_group(case, figures.roles(case)[role])
+        assert [part.split(":")[0] for part in each.alt.split("; ")] == list(found)
+        assert f"Small: {found['Small'].estimate:+.3f} [" in each.alt
+
+
+def test_the_page_tests_equivalence_within_the_margin(case, html):
+    pairs = [*effects.at_best(case), effects.matched(case), *effects.at_one_rate(case)]
+    found = [pair.found[name] for pair in pairs for name in effects.METRICS]
+    p = [effects.equivalent(case, each) for each in found]
+    for each, value in zip(found, p):
+        ends = each.error * stdtrit(each.freedom, 0.95)  # of the 90 % interval
+        inside = each.estimate - ends > -0.05 and each.estimate + ends < 0.05
+        assert inside == (value < 0.05)
+    assert any(value < 0.05 for value in p) and any(value > 0.05 for value in p)
+    said = re.findall(r"within ±0\.05: p ((?:&lt;)?\d\.\d+)", html)
+    assert said == [report_page.p_value(value).replace("<", "&lt;") for value in p]
+
+
+def test_reliability_and_group_size_say_what_they_draw(case):
+    drawn = figures.reliability(case).panels
+    assert [each.title.split(",")[0] for each in drawn] == ["all rows", "Large", "Small"]
+    inside, full = case.members[:, 1], case.outputs["full fine-tuning"]
+    p, event = full.chance[:, inside].ravel(), full.event[:, inside].ravel()
+    last = p > 0.9
+    said = dict(part.split(": ") for part in drawn[2].alt.split("; "))
+    assert list(said) == ["head only", "LoRA r=1", "LoRA r=4", "full fine-tuning"]
+    points = said["full fine-tuning"].split(", ")
+    assert points[-1] == f"{p[last].mean():.2f} observed {event[last].mean():.2f}"
+    assert len(points) == len(set(np.ceil(p * 10)))
+    groups = {label: numbers.group_rows(case, label) for label in case.outputs}
+    (size,) = figures.by_size(case, groups).panels
+    large, small, tiny = size.alt.split("; ")
+    right = (full.predictions == case.labels)[:, inside].mean()
+    assert small.startswith(f"Small, {inside.sum()} rows: head only 0.")
+    assert small.endswith(f"full fine-tuning {right:.2f}") and large.startswith("Large, ")
+    assert tiny.startswith("Tiny, 4 rows: head only too few, ")
 
 
 def test_a_study_that_has_just_begun_has_a_page(study):

@@ -190,8 +190,14 @@ def by_size(case: Case, groups: dict[str, list[GroupRow]]) -> Figure | None:
         axes.set_xlabel("test rows of the group")
         axes.set_ylabel("accuracy")
 
-    shown = groups[next(iter(roles(case).values()))][1:]
-    alt = "; ".join(f"{row.name}: {row.size} rows" for row in shown)
+    alt = "; ".join(
+        f"{rows[0].name}, {rows[0].size} rows: "
+        + ", ".join(
+            f"{label} {row.cells['accuracy'].value:.2f}"
+            for label, row in zip(roles(case).values(), rows)
+        ).replace("nan", "too few")
+        for rows in list(zip(*(groups[label] for label in roles(case).values())))[1:]
+    )
     caption = "One mark a group and method. Few rows widen the interval, whatever the method."
     made = panel("Accuracy against group size", alt, draw, height=3.0)
     return Figure("size", "Group size", caption, [made], keys_of(case))
@@ -294,9 +300,10 @@ def _heat_panel(case: Case, rate: str, found: list[Distance]) -> Panel:
         axes.set_ylim(len(rows) - 0.5, -0.5)
 
     alt = "; ".join(
-        f"{d.group}, {d.label}: {d.found.estimate:+.2f}{'*' if d.p_adjusted < 0.05 else ''}"
+        f"{d.group}, {d.label}: too few"
+        if np.isnan(d.found.estimate)
+        else f"{d.group}, {d.label}: {d.found.estimate:+.2f}{'*' if d.p_adjusted < 0.05 else ''}"
         for d in found
-        if not np.isnan(d.found.estimate)
     )
     return panel(f"{TITLES[rate]}, group minus rest", alt, draw, width, height)
 
@@ -326,7 +333,7 @@ def _reliability_panel(case: Case, name: str, inside: np.ndarray) -> Panel:
             )
         for role, found in curves.items():
             seen = found.rows[0] > 0
-            x, y = found.probability[0][seen], found.observed[0][seen]
+            x, y = np.transpose(_seen(found))
             sizes = 6 + 60 * intervals.divide(
                 found.rows[0][seen], np.full(seen.sum(), found.rows.sum())
             )
@@ -338,8 +345,17 @@ def _reliability_panel(case: Case, name: str, inside: np.ndarray) -> Panel:
         axes.set_xlabel("stated probability")
         axes.set_ylabel("observed share")
 
-    alt = f"{int(inside.sum())} rows"
+    alt = "; ".join(
+        f"{roles(case)[role]}: " + ", ".join(f"{x:.2f} observed {y:.2f}" for x, y in _seen(found))
+        for role, found in curves.items()
+    )
     return panel(f"{name}, {int(inside.sum())} rows", alt, draw, 3.2, 2.6)
+
+
+def _seen(found: calibration.Reliability) -> np.ndarray:
+    """Stated probability and observed share of the bins that hold rows, (B, 2)."""
+    pairs = np.stack([found.probability[0], found.observed[0]], 1)
+    return pairs[found.rows[0] > 0]
 
 
 def _short(label: str) -> str:
