@@ -55,7 +55,7 @@ def disparities(case: Case) -> list[list[str]]:
     """Per method: D, its mean by chance and p; and D minus that of full fine-tuning."""
     lines, full = [], case.outputs.get(case.grid.full)
     for label, each in case.outputs.items():
-        right = (each.predictions == case.labels).mean(0)
+        right = each.predictions == case.labels
         gap = comparisons.gap_permutation(right, case.members[:, case.enough], seed=0)
         line = [label, f"{gap.gap:.3f}", f"{gap.null_mean:.3f}", f"{gap.p:.3f}"]
         lines.append([*line, difference(case, each, full) if label != case.grid.full else "–"])

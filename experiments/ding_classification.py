@@ -29,6 +29,12 @@ from jax_lowrank.report import page
 from jax_lowrank.report.classification import claims, effects, figures, membership, numbers
 from jax_lowrank.report.classification.numbers import GAPS, TITLES, Case
 
+CHANCE = {  # gap -> the rate of `numbers.gaps` whose gap it is
+    "demographic_parity_difference": "selection",
+    "equalized_odds_difference": numbers.ODDS,
+    "equal_opportunity_difference": "tpr",
+}
+
 
 def accuracy_by_group(case: Case) -> str:
     """Accuracy of every group and method, mean over seeds, with intervals."""
@@ -52,16 +58,17 @@ def by_group(case: Case, metric: str) -> str:
 
 
 def gap_table(case: Case) -> str:
-    """Gaps between groups, mean over seeds, and of each rate the gap that chance gives."""
+    """Gaps between groups, mean over seeds of each run's; what chance gives, and adjusted p."""
     summary = numbers.summary(case)
     chance = {(gap.label, gap.rate): gap for gap in numbers.gaps(case)}
-    heads = [TITLES[name] for name in ("accuracy", *GAPS)]
-    rows = []
+    heads, rows = [TITLES[name] for name in ("accuracy", *GAPS)], []
     for label in case.outputs:
-        levels = [estimate(summary[name][label]) for name in ("accuracy", *GAPS)]
-        gap = chance[label, "selection"]
-        rows.append([label, *levels, f"{gap.found.null_mean:.3f}; {gap.p_adjusted:.3f}"])
-    return table(["method", *heads, "parity difference by chance; adjusted p"], rows)
+        levels = {name: estimate(summary[name][label]) for name in ("accuracy", *GAPS)}
+        for name, rate in CHANCE.items():
+            gap = chance[label, rate]
+            levels[name] += f" (by chance {gap.found.null_mean:.3f}; {gap.p_adjusted:.3f})"
+        rows.append([label, *levels.values()])
+    return table(["method", *heads], rows)
 
 
 def difference_table(case: Case) -> str:

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from jax_lowrank.evaluation import comparisons
+from jax_lowrank.evaluation import comparisons, disparities
 
 FROZEN = json.loads((Path(__file__).parent / "fixtures" / "evaluation.json").read_text("utf-8"))
 
@@ -234,3 +234,66 @@ def test_adjusted_p_equals_statsmodels(name):
     np.testing.assert_allclose(adjust(square).ravel(), frozen[name], atol=1e-15)
     with pytest.raises(ValueError, match=r"in \[0, 1\]"):
         adjust([1.5])
+
+
+def test_a_gap_of_seeds_is_their_mean_under_the_same_permutations():
+    rng = np.random.default_rng(4)
+    groups = np.eye(3, dtype=bool)[rng.integers(0, 3, 60)]
+    outcome = rng.random((4, 60)) < 0.4
+    found = comparisons.gap_permutation(outcome, groups, num_permutations=300)
+    alone = [comparisons.gap_permutation(run, groups, num_permutations=300) for run in outcome]
+    assert found.gap == pytest.approx(np.mean([one.gap for one in alone]))
+    assert found.null_mean == pytest.approx(np.mean([one.null_mean for one in alone]))
+    same = comparisons.gap_permutation(outcome[[0, 0]], groups, num_permutations=300)
+    assert same[:3] == pytest.approx(alone[0][:3])
+
+
+def test_the_odds_gap_is_permuted_within_labels():
+    """Against a permutation of rows, label by label, written out."""
+    rng = np.random.default_rng(5)
+    groups = np.column_stack([np.eye(3, dtype=bool)[rng.integers(0, 3, 120)], np.arange(120) < 3])
+    positive = rng.random(120) < 0.4
+    predicted = rng.random((2, 120)) < 0.2 + 0.5 * positive + 0.2 * groups[:, 0]
+
+    def odds(groups):
+        parts = []
+        for where in (positive, ~positive):
+            rates = [predicted[:, where & inside].mean(1) for inside in groups[:, :3].T]
+            parts.append(np.ptp(rates, axis=0))
+        return np.maximum(*parts).mean()
+
+    def permuted():
+        order = np.arange(120)
+        for where in (positive, ~positive):
+            order[where] = rng.permutation(order[where])
+        return odds(groups[order])
+
+    null = np.array([permuted() for _ in range(1500)])
+    options = {"minimum": 4, "num_permutations": 1500}
+    found = comparisons.odds_gap_permutation(predicted, groups, positive, **options)
+    assert found.gap == pytest.approx(odds(groups)) and found.num_defined == 3
+    assert found.null_mean == pytest.approx(null.mean(), rel=0.03)
+    assert found.p == pytest.approx((null >= found.gap - 1e-9).mean(), abs=0.03)
+    assert found.rates.shape == (2, 4) and np.isnan(found.rates[:, 3]).all()
+    run = comparisons.odds_gap_permutation(predicted[0], groups, positive, **options)
+    fast = disparities.permuted_odds_gap(predicted, groups[:, :3], positive)
+    assert fast.gap[0] == pytest.approx(run.gap) and fast.num_defined == 3
+    assert fast.null_mean[0] == pytest.approx(run.null_mean, rel=0.03)
+    assert fast.p[0] == pytest.approx(run.p, abs=0.03)
+    mean = disparities.permuted_odds_gap(predicted[0], groups[:, :3], positive, "mean")
+    assert mean.gap < fast.gap[0] and mean.null_mean < fast.null_mean[0]
+    few = comparisons.odds_gap_permutation(predicted, groups, np.arange(120) < 1, minimum=4)
+    assert np.isnan(few.gap) and few.reason == "0 of 4 groups have enough rows: a gap needs two"
+    few = disparities.permuted_odds_gap(predicted, groups[:, :3], np.arange(120) < 1)
+    assert np.isnan(few.p).all() and few.reason.endswith("a gap needs two")
+
+
+def test_the_odds_gap_keeps_its_level():
+    rng, p = np.random.default_rng(6), []
+    for trial in range(200):
+        groups = np.eye(4, dtype=bool)[rng.integers(0, 4, 100)]
+        positive = rng.random(100) < 0.2 + 0.2 * groups[:, 0]  # shares of positives differ
+        predicted = rng.random(100) < 0.2 + 0.5 * positive
+        options = {"num_permutations": 99, "seed": trial}
+        p.append(disparities.permuted_odds_gap(predicted, groups, positive, **options).p)
+    assert 0.01 <= np.mean(np.array(p) <= 0.05) <= 0.1 and 0.4 < np.mean(p) < 0.62

@@ -205,10 +205,10 @@ def test_measure_says_everything_of_every_run():
     assert "3 rows" in found.rates.reason.selection[0, 3]
     assert (found.gap_low <= found.gaps).all() and (found.gaps <= found.gap_high).all()
     assert (found.gap_reason == "").all() and found.limits == "wilson"
-    null = found.nulls["tpr"]
-    place = found.gap_names.index("equal_opportunity_difference")
-    np.testing.assert_allclose(null.gap, found.gaps[:, place])
-    assert null.num_defined == 3
+    for name, null in subgroups.NULL_OF.items():
+        place = found.gap_names.index(name)
+        np.testing.assert_allclose(found.nulls[null].gap, found.gaps[:, place])
+        assert found.nulls[null].num_defined == 3 and (found.nulls[null].null_mean > 0).all()
 
 
 def test_wilson_and_the_bootstrap_agree_on_large_groups():

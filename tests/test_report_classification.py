@@ -118,6 +118,9 @@ def test_scores_of_groups_are_those_of_the_runs(case):
         assert small[name].low < small[name].value < small[name].high
     smooth = smooth_calibration_error(each.chance, each.event, case.members[:, [1]]).mean()
     assert small["smooth_ece"].value == pytest.approx(smooth)
+    bins = calibration.bins(each.chance, each.event, case.members[:, [1]])
+    corrected = calibration.corrected_error(bins).mean()
+    assert small["corrected_ece"].value == pytest.approx(corrected)
     assert small["subgroup_auc"].value < 0.6 < large["subgroup_auc"].value  # rank 1 fails Small
     assert all(math.isnan(cell.value) and "fewer than 10" in cell.reason for cell in tiny.values())
     assert overall["f1"].n == positive.sum()
@@ -136,6 +139,11 @@ def test_gaps_stand_beside_what_chance_gives(case):
     fair, unfair = found["LoRA r=4", "accuracy"], found["LoRA r=1", "accuracy"]
     assert fair.found.num_defined == 2 and 0 < fair.found.null_mean < 0.1
     assert unfair.found.gap > 3 * unfair.found.null_mean and unfair.p_adjusted < 0.05
+    levels, ding = numbers.summary(case), script("ding_classification")
+    for name, rate in ding["CHANCE"].items():  # of the quantity that the level is
+        for label in case.outputs:
+            assert found[label, rate].found.gap == pytest.approx(levels[name][label].value)
+    assert found["LoRA r=1", numbers.ODDS].p_adjusted < 0.05
 
 
 def test_effects_are_the_differences_of_the_levels(case, table):
@@ -435,8 +443,9 @@ def test_the_files_hold_every_run(study, html):
     assert len(seed) == 1 and 0.5 < float(seed[0]["value"]) < 1
     tiny = next(r for r in final if r["group"] == "Tiny" and r["name"] == "tpr")
     assert tiny["value"] == "" and "fewer than 10" in tiny["reason"]
-    gap = next(r for r in final if r["name"] == "demographic_parity_difference")
-    assert float(gap["null_mean"]) > 0
+    for name in ("demographic_parity_difference", numbers.ODDS):
+        gap = next(r for r in final if r["name"] == name)
+        assert float(gap["null_mean"]) > 0 and 0 < float(gap["p"]) <= 1
     lines = [json.loads(line) for line in (report / "results.jsonl").read_text().splitlines()]
     assert len(lines) == len(result.runs)
     assert {line["kind"] for line in lines} == {"base", "tune", "final"}

@@ -54,7 +54,8 @@ class Equivalence(NamedTuple):
 class Gap(NamedTuple):
     """Largest minus smallest group mean of `n` rows, against its value when groups do not matter.
 
-    `rates` and `counts` are (G,); a group without rows has a NaN rate and takes no part.
+    `rates` and `counts` are (G,), of odds (2, G) for positives and negatives; a group without rows
+    has a NaN rate and takes no part.
     """
 
     gap: float
@@ -176,6 +177,7 @@ def gap_permutation(
 ) -> Gap:
     """Largest minus smallest group mean of outcome (N,) over groups (N, G) bool; 0 = equal means.
 
+    outcome (S, N), under S seeds: the mean of the seeds' gaps, which the same permutation moves.
     An observed gap is above 0 even when all groups are alike, so read it against `null_mean`, the
     mean gap when rows of membership are permuted, and `p` = (hits + 1) / (permutations + 1). With
     `clusters` (templates crossed with groups) rows are permuted within their cluster only, so what
@@ -183,33 +185,68 @@ def gap_permutation(
     Rows in no group or with a NaN outcome are left out (the latter counted). Fewer than two groups
     with rows, or no cluster that holds rows of different membership: NaN with a reason.
     """
-    outcome, groups = np.asarray(outcome, np.float64), intervals.membership(groups)
-    if outcome.shape != groups.shape[:1]:
-        raise ValueError(f"outcome {outcome.shape} must name each row of groups {groups.shape}")
-    index = np.zeros(outcome.size, int)
+    outcome, groups = _by_seed(outcome, groups)
+    index = np.zeros(len(groups), int)
     if clusters is not None:
-        index = intervals.cluster_index(clusters, outcome.size)
-    kept = ~np.isnan(outcome) & groups.any(1)
-    missing = int((np.isnan(outcome) & groups.any(1)).sum())
+        index = intervals.cluster_index(clusters, len(groups))
+    unknown = np.isnan(outcome).any(0)
+    kept = ~unknown & groups.any(1)
+    missing = int((unknown & groups.any(1)).sum())
     order = np.flatnonzero(kept)[np.argsort(index[kept], kind="stable")]
-    values, members, index = outcome[order], groups[order].astype(np.float64), index[order]
+    values, members, index = outcome[:, order], groups[order].astype(np.float64), index[order]
     counts = members.sum(0)
-    rates = intervals.divide(values @ members, counts)
     defined = counts > 0
+    rates = intervals.divide(values.mean(0) @ members, counts)
     facts = (rates, counts.astype(int), int(defined.sum()), order.size, np.unique(index).size)
     if defined.sum() < 2:
         reason = f"{defined.sum()} of {defined.size} groups have rows: a gap needs two"
         return Gap(np.nan, np.nan, np.nan, *facts, missing, num_permutations, reason)
-    gap = float(np.ptp(rates[defined]))
+    weights = members[:, defined] / counts[defined]
+    gap = float(np.ptp(values @ weights, axis=1).mean())
     changes = np.any(members[1:] != members[:-1], axis=1) & (index[1:] == index[:-1])
     if not changes.any():
         reason = "no cluster holds rows of different groups: nothing to permute"
         return Gap(gap, np.nan, np.nan, *facts, missing, num_permutations, reason)
-    weights = members[:, defined] / counts[defined]
-    null = _permuted_gaps(values, weights, index, num_permutations, seed)
+    rng = np.random.default_rng(seed)
+    null = _permuted_gaps(values, weights, index, num_permutations, rng).mean(0)
     hits = np.sum(null >= gap - 1e-9 * max(1.0, np.abs(rates[defined]).max()))
     p = float((hits + 1) / (num_permutations + 1))
     return Gap(gap, float(null.mean()), p, *facts, missing, num_permutations, "")
+
+
+def odds_gap_permutation(
+    predicted, groups, positive, minimum: int = 1, num_permutations: int = 4000, seed: int = 0
+) -> Gap:
+    """Equalized odds difference of predicted (S, N) or (N,) bool against chance; 0 = equal odds.
+
+    The larger of the gaps of true and false positive rates, mean over S seeds; positive: (N,) bool.
+    Rows of membership are permuted within positives and within negatives. Groups with fewer than
+    `minimum` of either have no part in that rate. Otherwise as `gap_permutation`.
+    """
+    predicted, groups = _by_seed(predicted, groups)
+    positive, rng = np.asarray(positive, bool), np.random.default_rng(seed)
+    gaps, nulls, rates, counts = [], [], [], []
+    for where in (positive & groups.any(1), ~positive & groups.any(1)):
+        values, members = predicted[:, where], groups[where].astype(np.float64)
+        counts.append(members.sum(0))
+        enough = counts[-1] >= max(minimum, 1)
+        rates.append(
+            np.where(enough, intervals.divide(values.mean(0) @ members, counts[-1]), np.nan)
+        )
+        if enough.sum() < 2:
+            continue
+        weights, index = members[:, enough] / counts[-1][enough], np.zeros(len(members), int)
+        gaps.append(np.ptp(values @ weights, axis=1))
+        nulls.append(_permuted_gaps(values, weights, index, num_permutations, rng))
+    defined = int((~np.isnan(rates)).sum(1).min())
+    size = int(groups.any(1).sum())
+    facts = (np.array(rates), np.array(counts, int), defined, size, size, 0, num_permutations)
+    if defined < 2:
+        reason = f"{defined} of {groups.shape[1]} groups have enough rows: a gap needs two"
+        return Gap(np.nan, np.nan, np.nan, *facts, reason)
+    gap, null = float(np.maximum(*gaps).mean()), np.maximum(*nulls).mean(0)
+    p = (np.sum(null >= gap - 1e-9) + 1) / (num_permutations + 1)
+    return Gap(gap, float(null.mean()), float(p), *facts, "")
 
 
 def equivalence(estimate: float, error: float, margin: float, freedom=np.inf) -> Equivalence:
@@ -251,14 +288,26 @@ def benjamini_hochberg(p) -> np.ndarray:
     return _adjusted(p, step_up)
 
 
-def _permuted_gaps(values, weights, index, num_permutations, seed) -> np.ndarray:
-    """Gaps (B,) of values shuffled within clusters; `index` is sorted, weights (N, G) average."""
-    rng, gaps = np.random.default_rng(seed), np.empty(num_permutations)
+def _by_seed(outcome, groups) -> tuple[np.ndarray, np.ndarray]:
+    """Outcomes (S, N) as floats and groups (N, G) as bool."""
+    outcome = np.atleast_2d(np.asarray(outcome, np.float64))
+    groups = intervals.membership(groups)
+    if outcome.ndim != 2 or outcome.shape[1:] != groups.shape[:1]:
+        raise ValueError(f"outcome {outcome.shape} must name each row of groups {groups.shape}")
+    return outcome, groups
+
+
+def _permuted_gaps(values, weights, index, num_permutations, rng) -> np.ndarray:
+    """Gaps (S, B) of values (S, N) shuffled within clusters, all seeds alike.
+
+    `index` is sorted, weights (N, G) average.
+    """
+    gaps = np.empty((len(values), num_permutations))
     step = max(1, intervals.CHUNK // values.size)
     for start in range(0, num_permutations, step):
         size = min(step, num_permutations - start)
-        order = np.argsort(index + rng.random((size, values.size)), axis=1)
-        gaps[start : start + size] = np.ptp(values[order] @ weights, axis=1)
+        order = np.argsort(index + rng.random((size, values.shape[1])), axis=1)
+        gaps[:, start : start + size] = np.ptp(values[:, order] @ weights, axis=2)
     return gaps
 
 

@@ -215,34 +215,79 @@ def permuted_gap(
     drawn from the normal distribution with the permutation's mean and covariance. No clusters and
     no weights: see `comparisons.gap_permutation`. p = (hits + 1) / (permutations + 1).
     """
-    groups = membership(groups)
-    outcome = np.asarray(outcome, bool)
-    if where is not None:
-        groups, outcome = groups[where], outcome[..., where]
+    rng = np.random.default_rng(seed)
+    outcome, groups = np.asarray(outcome, bool), membership(groups)
+    where = np.ones(len(groups), bool) if where is None else np.asarray(where, bool)
+    found = _drawn(outcome, groups, where, minimum, num_permutations, rng)
+    return _null([found], outcome.shape[:-1], np.asarray)
+
+
+def permuted_odds_gap(
+    predicted,
+    groups,
+    positive,
+    agg: str = "worst_case",
+    *,
+    minimum: int = 1,
+    num_permutations: int = 4000,
+    seed: int = 0,
+) -> GapNull:
+    """Equalized odds difference of predicted (..., N) bool when groups matter to neither rate.
+
+    positive: (N,) bool. Rows of membership are permuted among the positives and among the
+    negatives, and the two gaps put together by `agg`; otherwise as `permuted_gap`.
+    """
+    predicted, groups = np.asarray(predicted, bool), membership(groups)
+    streams = np.random.default_rng(seed).spawn(2)
+    positive = np.asarray(positive, bool)
+    parts = [
+        _drawn(predicted, groups, where, minimum, num_permutations, rng)
+        for where, rng in zip((positive, ~positive), streams)
+    ]
+    return _null(parts, predicted.shape[:-1], lambda one, two: combine((one, two), agg, np.maximum))
+
+
+class _Drawn(NamedTuple):
+    """Gaps (R,) and their values under permutation (R, B), of one rate."""
+
+    gaps: np.ndarray
+    null: np.ndarray
+    num_defined: int
+    method: str
+    reason: str
+
+
+def _null(parts: Sequence[_Drawn], shape: tuple[int, ...], join: Callable) -> GapNull:
+    """The gap that `join` makes of those of one or two rates."""
+    num_defined = min(part.num_defined for part in parts)
+    reasons = [part.reason for part in parts if part.reason]
+    if reasons:
+        blank = np.full(shape, np.nan)
+        return GapNull(blank, blank, blank, num_defined, "", reasons[0])
+    gaps, null = join(*[part.gaps for part in parts]), join(*[part.null for part in parts])
+    p = ((null >= gaps[:, None] - 1e-9).sum(1) + 1) / (null.shape[1] + 1)
+    found = (part.reshape(shape) for part in (gaps, null.mean(1), p))
+    return GapNull(*found, num_defined, min(part.method for part in parts), "")
+
+
+def _drawn(outcome, groups, where, minimum: int, num_permutations: int, rng) -> _Drawn:
+    groups, outcome = groups[where], outcome[..., where]
     sizes = groups.sum(0)
     kept = sizes >= max(minimum, 1)
     groups, sizes = groups[:, kept], sizes[kept]
-    shape = outcome.shape[:-1]
     if kept.sum() < 2:
-        blank = np.full(shape, np.nan)
         reason = f"{kept.sum()} of {kept.size} groups have enough rows: a gap needs two"
-        return GapNull(blank, blank, blank, int(kept.sum()), "", reason)
+        return _Drawn(np.empty(0), np.empty((0, 0)), int(kept.sum()), "", reason)
     rows = groups.any(1)
     groups, runs = groups[rows], outcome[..., rows].reshape(-1, int(rows.sum()))
     members = sparse.csr_array(groups.astype(np.float64))
     gaps = np.ptp((members.T @ runs.T).T / sizes, axis=1)
     patterns, numbers = _patterns(groups)
-    rng, totals = np.random.default_rng(seed), runs.sum(1)
     exact = len(patterns) <= EXACT_PATTERNS
     draw = _permutations(patterns, numbers, sizes) if exact else _normal(members, sizes)
-    means, hits = np.empty(len(runs)), np.empty(len(runs))
-    for run, total in enumerate(totals):
-        null = draw(rng, int(total), num_permutations)
-        means[run], hits[run] = null.mean(), (null >= gaps[run] - 1e-9).sum()
-    p = (hits + 1) / (num_permutations + 1)
+    null = np.stack([draw(rng, int(total), num_permutations) for total in runs.sum(1)])
     method = "permutation" if exact else "normal approximation"
-    found = (part.reshape(shape) for part in (gaps, means, p))
-    return GapNull(*found, int(kept.sum()), method, "")
+    return _Drawn(gaps, null, int(kept.sum()), method, "")
 
 
 def _largest(rates: np.ndarray) -> np.ndarray:

@@ -46,6 +46,14 @@ GAPS = {
     "worst_f1": GapKind("worst", ("f1",)),
 }
 NULLS = {"selection": None, "tpr": 1, "fpr": 0, "accuracy": None}  # rates that are means of rows
+ODDS = {"odds": "worst_case", "odds_mean": "mean"}  # both odds, put together
+NULL_OF = {  # gap -> name in `Measured.nulls`
+    "demographic_parity_difference": "selection",
+    "equal_opportunity_difference": "tpr",
+    "equalized_odds_difference": "odds",
+    "equalized_odds_difference_mean": "odds_mean",
+    "accuracy_difference": "accuracy",
+}
 
 
 class Measured(NamedTuple):
@@ -54,9 +62,9 @@ class Measured(NamedTuple):
     rates: estimates (`groups.group_rates`), arrays (R, G) and (R,). low, high: limits of
     rates.by_group. versus_rest: rates of the group minus those of all other rows, with limits.
     gaps, gap_low, gap_high: (R, K) in the order of gap_names; gap_reason, an array of strings, says
-    why one is NaN. nulls: per rate the difference between groups against its value when groups do
-    not matter; none with weights or clusters. limits: 'wilson' or 'bootstrap', behind low and high
-    (F1 always bootstrap).
+    why one is NaN. nulls: of NULLS and ODDS, the difference between groups against its value when
+    groups do not matter; none with weights or clusters. limits: 'wilson' or 'bootstrap', behind low
+    and high (F1 always bootstrap).
     """
 
     rates: GroupRates
@@ -324,19 +332,15 @@ def _gap_limits(rates: GroupRates, inside, overall, to_overall: bool, level: flo
 def _nulls(labels, predictions, members, positive, minimum, num_permutations, seed) -> dict:
     if not num_permutations:
         return {}
-    labels = np.asarray(labels)
-    found = {}
+    labels, options = np.asarray(labels), {"minimum": minimum, "seed": seed}
+    options["num_permutations"] = num_permutations
+    found, predicted, is_positive = {}, predictions == positive, labels == positive
     for name, where in NULLS.items():
-        outcome = predictions == (labels if name == "accuracy" else positive)
-        rows = None if where is None else (labels == positive) == where
-        found[name] = disparities.permuted_gap(
-            outcome,
-            members,
-            rows,
-            minimum=minimum,
-            num_permutations=num_permutations,
-            seed=seed,
-        )
+        outcome = predictions == labels if name == "accuracy" else predicted
+        rows = None if where is None else is_positive == where
+        found[name] = disparities.permuted_gap(outcome, members, rows, **options)
+    for name, agg in ODDS.items():
+        found[name] = disparities.permuted_odds_gap(predicted, members, is_positive, agg, **options)
     return found
 
 

@@ -39,6 +39,7 @@ TITLES = {
     "scaled_ece": "ECE after temperature scaling",
     "nll": "−log p of the class, nats",
 }
+ODDS = "equalized_odds_difference"
 GAPS = tuple(list(TITLES)[4:8])
 UTILITIES = {"accuracy": "accuracy", "f1": "F1 of “{}”"}
 
@@ -141,7 +142,10 @@ class GroupRow(NamedTuple):
 
 
 class Gap(NamedTuple):
-    """Largest minus smallest rate over groups, of the mean over seeds, against chance."""
+    """Largest minus smallest rate over groups, mean over seeds, against chance.
+
+    rate: one of RATES, or ODDS for the larger of the gaps of tpr and fpr.
+    """
 
     label: str
     rate: str
@@ -266,9 +270,11 @@ def group_rows(case: Case, label: str) -> list[GroupRow]:
 
 
 def gaps(case: Case) -> list[Gap]:
-    """Gap of every rate and method beside its mean under permuted membership.
+    """Gap of every rate and of the odds, by method, beside its mean under permuted membership.
 
-    Exploratory: p adjusted over the whole table (Benjamini-Hochberg).
+    The gaps are means over seeds of each run's gap, as in `summary`, and so are those of a
+    permutation, which is the same for all runs. Exploratory: p adjusted over the whole table
+    (Benjamini-Hochberg).
     """
     found = []
     settings = {"num_permutations": min(case.settings["num_resamples"], 1000)}
@@ -277,9 +283,16 @@ def gaps(case: Case) -> list[Gap]:
             values, where = of_rate(case, each.predictions, rate)
             members = case.members[where]
             members = members[:, members.sum(0) >= case.settings["minimum"]]
-            outcome = values[:, where].mean(0)
-            gap = comparisons.gap_permutation(outcome, members, seed=0, **settings)
+            gap = comparisons.gap_permutation(values[:, where], members, seed=0, **settings)
             found.append(Gap(label, rate, gap, np.nan))
+        odds = comparisons.odds_gap_permutation(
+            each.predictions == case.positive,
+            case.members,
+            case.labels == case.positive,
+            minimum=case.settings["minimum"],
+            **settings,
+        )
+        found.append(Gap(label, ODDS, odds, np.nan))
     adjusted = comparisons.benjamini_hochberg([gap.found.p for gap in found])
     return [gap._replace(p_adjusted=float(p)) for gap, p in zip(found, adjusted)]
 

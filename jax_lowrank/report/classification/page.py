@@ -73,6 +73,7 @@ def render(case: Case, found: list[Claim], audit: membership.Audit | None = None
             summary=summary,
             titles=TITLES,
             rates_shown=RATES,
+            gaps_shown=(*RATES, numbers.ODDS),
             groups=groups,
             worth=worth,
             audit=audit,
@@ -116,13 +117,11 @@ def run_metrics(case: Case, run: RunResult) -> list[Metric]:
         for group, value, low, high, n, reason in zip(case.names, *parts, support, reasons):
             ends = (float(value), float(low), float(high))
             said.append(Metric("test", group, name, *ends, n=int(n), reason=reason))
-    nulls = {"demographic_parity_difference": "selection", "equal_opportunity_difference": "tpr"}
-    nulls["accuracy_difference"] = "accuracy"
     for k, name in enumerate(found.gap_names):
         ends = (float(part[0, k]) for part in (found.gaps, found.gap_low, found.gap_high))
         extra: dict[str, Any] = {}
-        if name in nulls:
-            null = found.nulls[nulls[name]]
+        if name in subgroups.NULL_OF:
+            null = found.nulls[subgroups.NULL_OF[name]]
             extra = {"null_mean": float(null.null_mean[0]), "p": float(null.p[0])}
         reason = found.gap_reason[0, k]
         said.append(Metric("test", "", name, *ends, n=case.labels.size, reason=reason, **extra))
