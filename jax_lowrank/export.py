@@ -146,19 +146,20 @@ def _study_run(run: Path, record: dict) -> Run:
         base = _pretrained(run.parents[1] / "base", wanted)
     rates = tuple(record["method"]["learning_rates"])
     method = MethodSpec(**{**record["method"], "learning_rates": rates})
+    by_head = study.get("kind") == "classification" and not study.get("answers")
     return Run(
         run,
         record["fingerprint"],
         record,
         base,
         (record["dtypes"]["frozen"] or ["float32"])[0],
-        None,
+        Head("classification", tuple(study["classes"])) if by_head else None,
         method.name,
         method.options(),
         record["seed"],
         wanted,
         study["data_hash"],
-        _study_metrics(run, record),
+        _study_metrics(run, record, "row" if study.get("kind") == "classification" else "token"),
     )
 
 
@@ -206,9 +207,9 @@ def _pretrained(folder: Path, wanted: str) -> Path:
     raise ExportError(f"the run's base model (hash {wanted[:16]}) is not under {folder}")
 
 
-def _study_metrics(run: Path, record: dict) -> list[dict]:
+def _study_metrics(run: Path, record: dict, unit: str) -> list[dict]:
     """Metrics over all prompts, as the study's report wrote them; the validation loss without."""
-    metrics = [{"name": "validation loss (nats per token)", "value": record["validation_loss"]}]
+    metrics = [{"name": f"validation loss (nats per {unit})", "value": record["validation_loss"]}]
     path = run.parents[1] / "report" / "results.jsonl"
     if path.is_file():
         for line in path.read_text(encoding="utf-8").splitlines():

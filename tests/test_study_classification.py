@@ -116,6 +116,26 @@ def test_evaluating_on_rows_that_were_trained_on_is_refused(finished):
         classification.check_apart(SimpleNamespace(splits=rows))
 
 
+def test_a_run_is_measured_on_a_file_and_refuses_its_training_rows(
+    finished, tmp_path, monkeypatch, capsys
+):
+    study = results.read_study(finished[1])
+    one = next(r for r in study.runs if r.record["kind"] == "final" and r.record["rank"])
+    place = finished[1] / "runs" / one.record["fingerprint"]
+    rows = {row["id"]: row for row in texts()}
+    test = [rows[row] for row in study.rows["test"].ids]
+    line = ["evaluate", place, "--data", tiny_text.jsonl(tmp_path / "test.jsonl", test)]
+    code, said = run([*line, "--out", tmp_path / "out"], monkeypatch, capsys)
+    assert code == 0, said
+    with np.load(tmp_path / "out" / "predictions.npz") as found:
+        np.testing.assert_allclose(found["logits"], one.arrays["test/logits"], atol=1e-5)
+        np.testing.assert_array_equal(found["labels"], study.rows["test"].labels)
+    line[-1] = tiny_text.jsonl(tmp_path / "all.jsonl", texts())
+    trained = len(study.study["splits"]["train"]["ids"])
+    code, said = run(line, monkeypatch, capsys)
+    assert code == 2 and f"{trained} of 40 rows to evaluate on were trained on" in said
+
+
 def test_other_labels_are_another_study(finished, monkeypatch, capsys):
     config, out = finished
     data = config.parent / "data.jsonl"

@@ -229,6 +229,17 @@ def test_imbalance_is_imposed_on_training_rows_only(tmp_path):
     assert len(few.splits["train"].ids) == 50
 
 
+@needs_data
+def test_the_imbalanced_config_gets_the_shares_it_asks_for():
+    options = load_config(str(ROOT / "configs/hate_speech.py") + ":imbalanced").task.options
+    train = text_classification.make(**options).splits["train"]
+    assert len(train.ids) == options["max_train"]
+    found = {name: train.groups[:, i].mean() for i, name in enumerate(train.group_names)}
+    found["toxic"] = train.labels.mean()
+    for name, share in options["ratio"].items():
+        assert abs(found[name] - share) * len(train.ids) <= 1
+
+
 WRONG_RATIOS = [
     ({"z": 0.5}, "'z' is neither a class (a, b) nor a group (x, inner, all)"),
     ({"b": 1.0}, "the share of 'b' must lie in (0, 1), not 1"),
