@@ -8,7 +8,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from jax_lowrank import export, finetune, models, train, trained
+from jax_lowrank import export, finetune, models, results, train, trained
 from jax_lowrank.adapt.method import count
 from jax_lowrank.config import plain
 from jax_lowrank.config_run import EvaluateSpec, GenerateSpec
@@ -56,7 +56,8 @@ def finetuning(job: finetune.Job) -> str:
         f"steps: {steps:,} ({batches.steps_per_epoch:,} an epoch), at most"
         f" {spec.train.batch_size} x {batches.width(widest)} tokens each\n"
         f"{memory(amounts)}\n"
-        f"would write {job.out}: {finetune.FILES}, trainable.safetensors"
+        f"would write {job.out}: config.json, record.json, splits.json, {results.TRAINED_ON},"
+        " log.jsonl, predictions.npz, trainable.safetensors"
         f" ({megabytes(num_bytes(trainable))})"
     )
 

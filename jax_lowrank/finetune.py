@@ -38,8 +38,6 @@ from jax_lowrank.tasks import encode, text
 from jax_lowrank.trained import mean_loss, measure, observe, sentence
 from jax_lowrank.workers import claim
 
-FILES = "config.json, record.json, splits.json, trained_on.json, log.jsonl, predictions.npz"
-
 
 class Job(NamedTuple):
     """A run that passed every check, ready to train."""
