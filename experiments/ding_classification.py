@@ -14,7 +14,7 @@ and labels suffice.
 | calibration by subgroup | `calibration_by_group`, `figures.reliability` |
 | ranks, fractional ranks | `figures.by_rank`; beside attacks: ding_ranks.py |
 | accuracy against subgroup size | `figures.by_size` |
-| LoRA run whose F1 matches full fine-tuning | `difference_table`, row "LoRA at ..." |
+| LoRA run whose F1 matches full fine-tuning | `difference_table`, "LoRA at ..."; `evaluate.match` |
 | membership inference | `attack_table`, report/membership.csv, `Audit.figures` |
 """
 
@@ -76,7 +76,10 @@ def difference_table(case: Case) -> str:
     matched = effects.matched(case)
     pairs = [*effects.at_best(case), *([matched] if matched else []), *effects.at_one_rate(case)]
     rows = [
-        [f"{pair.label} − {pair.other}", *(difference(pair.found[n]) for n in effects.METRICS)]
+        [
+            f"{pair.label} − {pair.other}{f' ({pair.note})' if pair.note else ''}",
+            *(difference(pair.found[n]) for n in effects.METRICS),
+        ]
         for pair in pairs
     ]
     return table(["comparison", *(TITLES[name] for name in effects.METRICS)], rows)

@@ -22,7 +22,7 @@ NUM_AUDITED, NUM_SHADOWS = 400, 8
 MEMBER = np.arange(NUM_AUDITED) < NUM_AUDITED // 2
 # How far the logits of the right class lie above the other, on average, by method.
 SKILL = {"head": 0.6, 1: 0.9, 4: 1.2, "full": 1.3}
-WORDS = {"prompt": "Is this {text}?", "words": ["No", "Yes"], "blank": ""}
+WORDS = {"prompt": "Is this {text}?", "words": ["No", "Yes", "Very"], "blank": ""}
 FULL_RATES, LORA_RATES = (1e-4, 1e-3), (1e-3, 1e-2)
 
 
@@ -138,7 +138,7 @@ def _description(study, num_classes, answers):
         "group_names": list(GROUPS),
         "classes": classes,
         "positive": classes[1],
-        "answers": WORDS if answers else None,
+        "answers": WORDS | {"words": WORDS["words"][:num_classes]} if answers else None,
         "data_hash": "d" * 64,
         "task_notes": {"source": "synthetic rows"},
         "splits": {n: sizes | {"by_class": by_class} for n in ("train", "validation", "test")},
