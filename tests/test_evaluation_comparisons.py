@@ -276,15 +276,20 @@ def test_the_odds_gap_is_permuted_within_labels():
     assert found.p == pytest.approx((null >= found.gap - 1e-9).mean(), abs=0.03)
     assert found.rates.shape == (2, 4) and np.isnan(found.rates[:, 3]).all()
     run = comparisons.odds_gap_permutation(predicted[0], groups, positive, **options)
-    fast = disparities.permuted_odds_gap(predicted, groups[:, :3], positive)
+    every = disparities.permuted_odds(predicted, groups[:, :3], positive)
+    fast = every.odds
     assert fast.gap[0] == pytest.approx(run.gap) and fast.num_defined == 3
     assert fast.null_mean[0] == pytest.approx(run.null_mean, rel=0.03)
     assert fast.p[0] == pytest.approx(run.p, abs=0.03)
-    mean = disparities.permuted_odds_gap(predicted[0], groups[:, :3], positive, "mean")
-    assert mean.gap < fast.gap[0] and mean.null_mean < fast.null_mean[0]
+    np.testing.assert_allclose(every.odds_mean.gap, (every.tpr.gap + every.fpr.gap) / 2)
+    parts = every.tpr.null_mean, every.fpr.null_mean
+    np.testing.assert_allclose(every.odds_mean.null_mean, sum(parts) / 2)
+    assert (fast.null_mean > np.maximum(*parts)).all()
+    one = disparities.permuted_gap(predicted, groups[:, :3], ~positive)
+    np.testing.assert_allclose(every.fpr.null_mean, one.null_mean, rtol=0.03)
     few = comparisons.odds_gap_permutation(predicted, groups, np.arange(120) < 1, minimum=4)
     assert np.isnan(few.gap) and few.reason == "0 of 4 groups have enough rows: a gap needs two"
-    few = disparities.permuted_odds_gap(predicted, groups[:, :3], np.arange(120) < 1)
+    few = disparities.permuted_odds(predicted, groups[:, :3], np.arange(120) < 1).odds
     assert np.isnan(few.p).all() and few.reason.endswith("a gap needs two")
 
 
@@ -295,5 +300,5 @@ def test_the_odds_gap_keeps_its_level():
         positive = rng.random(100) < 0.2 + 0.2 * groups[:, 0]  # shares of positives differ
         predicted = rng.random(100) < 0.2 + 0.5 * positive
         options = {"num_permutations": 99, "seed": trial}
-        p.append(disparities.permuted_odds_gap(predicted, groups, positive, **options).p)
+        p.append(disparities.permuted_odds(predicted, groups, positive, **options).odds.p)
     assert 0.01 <= np.mean(np.array(p) <= 0.05) <= 0.1 and 0.4 < np.mean(p) < 0.62

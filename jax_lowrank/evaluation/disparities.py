@@ -32,6 +32,15 @@ class GapNull(NamedTuple):
     reason: str
 
 
+class OddsNulls(NamedTuple):
+    """Of TPR, of FPR, and of both: the larger gap (equalized odds difference) and their mean."""
+
+    tpr: GapNull
+    fpr: GapNull
+    odds: GapNull
+    odds_mean: GapNull
+
+
 class Limits(NamedTuple):
     """Limits of a gap, (...); NaN with a reason."""
 
@@ -222,29 +231,26 @@ def permuted_gap(
     return _null([found], outcome.shape[:-1], np.asarray)
 
 
-def permuted_odds_gap(
-    predicted,
-    groups,
-    positive,
-    agg: str = "worst_case",
-    *,
-    minimum: int = 1,
-    num_permutations: int = 4000,
-    seed: int = 0,
-) -> GapNull:
-    """Equalized odds difference of predicted (..., N) bool when groups matter to neither rate.
+def permuted_odds(
+    predicted, groups, positive, *, minimum: int = 1, num_permutations: int = 4000, seed: int = 0
+) -> OddsNulls:
+    """Gaps of predicted (..., N) bool when groups matter neither to TPR nor to FPR.
 
     positive: (N,) bool. Rows of membership are permuted among the positives and among the
-    negatives, and the two gaps put together by `agg`; otherwise as `permuted_gap`.
+    negatives; every permutation's two gaps are put together. Otherwise as `permuted_gap`.
     """
     predicted, groups = np.asarray(predicted, bool), membership(groups)
     streams = np.random.default_rng(seed).spawn(2)
     positive = np.asarray(positive, bool)
-    parts = [
+    one, two = (
         _drawn(predicted, groups, where, minimum, num_permutations, rng)
         for where, rng in zip((positive, ~positive), streams)
+    )
+    joins = [
+        lambda *parts, agg=agg: combine(parts, agg, np.maximum) for agg in ("worst_case", "mean")
     ]
-    return _null(parts, predicted.shape[:-1], lambda one, two: combine((one, two), agg, np.maximum))
+    chosen = [([one], np.asarray), ([two], np.asarray), *[([one, two], join) for join in joins]]
+    return OddsNulls(*[_null(parts, predicted.shape[:-1], join) for parts, join in chosen])
 
 
 class _Drawn(NamedTuple):

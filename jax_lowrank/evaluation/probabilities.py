@@ -92,7 +92,9 @@ def smooth_calibration_error(p, y, groups, weights=None) -> np.ndarray:
     The residuals y - p, smoothed over p with a Gaussian reflected at 0 and 1, integrated in
     absolute value; its width is the one that equals the result. Blasiok and Nakkiran (2023). On a
     grid of 1024 cells; the reflected Gaussian is diagonal in the cosine basis. About half of the
-    binned error's noise; NaN for a group without rows.
+    binned error's noise; NaN for a group without rows. What chance alone gives has no closed form
+    and, drawn with every group's width sought anew, would cost more than all else: read
+    `calibration.perfect` of the binned error for it.
     """
     groups, p = membership(groups), np.asarray(p, np.float64)
     y = np.broadcast_to(np.asarray(y, np.float64), p.shape)

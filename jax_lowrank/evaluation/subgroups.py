@@ -45,8 +45,6 @@ GAPS = {
     "worst_accuracy": GapKind("worst", ("accuracy",)),
     "worst_f1": GapKind("worst", ("f1",)),
 }
-NULLS = {"selection": None, "tpr": 1, "fpr": 0, "accuracy": None}  # rates that are means of rows
-ODDS = {"odds": "worst_case", "odds_mean": "mean"}  # both odds, put together
 NULL_OF = {  # gap -> name in `Measured.nulls`
     "demographic_parity_difference": "selection",
     "equal_opportunity_difference": "tpr",
@@ -62,7 +60,7 @@ class Measured(NamedTuple):
     rates: estimates (`groups.group_rates`), arrays (R, G) and (R,). low, high: limits of
     rates.by_group. versus_rest: rates of the group minus those of all other rows, with limits.
     gaps, gap_low, gap_high: (R, K) in the order of gap_names; gap_reason, an array of strings, says
-    why one is NaN. nulls: of NULLS and ODDS, the difference between groups against its value when
+    why one is NaN. nulls (see NULL_OF): the difference between groups against its value when
     groups do not matter; none with weights or clusters. limits: 'wilson' or 'bootstrap', behind low
     and high (F1 always bootstrap).
     """
@@ -334,14 +332,13 @@ def _nulls(labels, predictions, members, positive, minimum, num_permutations, se
         return {}
     labels, options = np.asarray(labels), {"minimum": minimum, "seed": seed}
     options["num_permutations"] = num_permutations
-    found, predicted, is_positive = {}, predictions == positive, labels == positive
-    for name, where in NULLS.items():
-        outcome = predictions == labels if name == "accuracy" else predicted
-        rows = None if where is None else is_positive == where
-        found[name] = disparities.permuted_gap(outcome, members, rows, **options)
-    for name, agg in ODDS.items():
-        found[name] = disparities.permuted_odds_gap(predicted, members, is_positive, agg, **options)
-    return found
+    predicted, right = predictions == positive, predictions == labels
+    odds = disparities.permuted_odds(predicted, members, labels == positive, **options)
+    return {
+        "selection": disparities.permuted_gap(predicted, members, **options),
+        "accuracy": disparities.permuted_gap(right, members, **options),
+        **odds._asdict(),
+    }
 
 
 def _variance(draws: np.ndarray) -> np.ndarray:
