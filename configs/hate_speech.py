@@ -1,6 +1,6 @@
 """Does LoRA treat subgroups differently? Hate speech, a real pretrained encoder, groups of targets.
 
-    jax-lowrank study configs/hate_speech.py       (about half an hour on 2 CPU cores)
+    jax-lowrank study configs/hate_speech.py       (20 to 30 minutes on 2 CPU cores)
     jax-lowrank study configs/hate_speech.py:smoke    (2 minutes)
     jax-lowrank study configs/hate_speech.py:imbalanced        (one class and two groups made rare)
 
