@@ -74,6 +74,14 @@ def ours() -> dict[str, float]:
     )
     timed("AUCs", lambda: ranking.bias_aucs(logits, labels, members))
 
+    def entropies() -> None:
+        counts = groups.count(labels, predictions, members)
+        for alpha in (1.0, 2.0):
+            groups.generalized_entropy(counts.by_group, alpha)
+
+    timed("entropies", entropies)
+    brier = probabilities.brier(chance, labels)
+
     def calibrated() -> None:
         for scheme in ("width", "mass"):
             found = calibration.bins(chance, labels, members, scheme=scheme)
@@ -83,12 +91,14 @@ def ours() -> dict[str, float]:
             calibration.perfect(found)
             calibration.limits(found)
             calibration.reliability(found)
+            calibration.brier_decomposition(found, groups.group_means(brier, members).mean)
+        both = np.stack([1 - chance, chance], -1)
+        calibration.classwise_error(both, labels, members)
         probabilities.smooth_calibration_error(chance, labels, members)
 
     timed("calibration", calibrated)
 
     def means() -> None:
-        brier = probabilities.brier(chance, labels)
         nll = np.logaddexp(0, np.where(labels == 1, -logits, logits))
         for values in (brier, nll, np.abs(logits)):
             groups.group_means(values, members)
