@@ -134,7 +134,7 @@ class Checkpoints:
             "step": step,
             "facts": copy.deepcopy(dict(facts)),
         }
-        arguments = (path, response, host, content | {"environment": environment()})
+        arguments = (path, response, host, content | {"environment": environment(state)})
         self._writer = threading.Thread(target=self._finish, args=arguments)
         self._writer.start()
 
@@ -216,8 +216,8 @@ class Checkpoints:
                 self.note(f"checkpoint {path} is not used: {reason}")
                 continue
             self._newest = content["step"]
-            if content["environment"] != environment():
-                was, now = (_phrase(e) for e in (content["environment"], environment()))
+            if content["environment"] != environment(like):
+                was, now = (_phrase(e) for e in (content["environment"], environment(like)))
                 self.note(f"saved on {was}, continued on {now}: equal, but not to the last bit")
             return Saved(state, content["facts"])
         return None
@@ -248,14 +248,22 @@ class Checkpoints:
         return content
 
 
-def environment() -> dict[str, Any]:
+def environment(state: Any) -> dict[str, Any]:
     """What a continued run shares with its beginning where it is to be equal to the last bit."""
     device = jax.devices()[0]
-    return {"jax": jax.__version__, "device": device.device_kind, "count": jax.device_count()}
+    found = {"jax": jax.__version__, "device": device.device_kind, "count": jax.device_count()}
+    for leaf in jax.tree.leaves(state):
+        sharding = getattr(leaf, "sharding", None)
+        if isinstance(sharding, jax.NamedSharding):
+            order = [int(each.id) for each in sharding.mesh.devices.flat]
+            return found | {"mesh": dict(sharding.mesh.shape), "device_order": order}
+    return found
 
 
 def _phrase(e: dict) -> str:
-    return f"{e['count']} x {e['device']}, jax {e['jax']}"
+    axes = " x ".join(f"{axis} {size}" for axis, size in e.get("mesh", {}).items())
+    laid = f" as {axes} in the order {e['device_order']}" if axes else ""
+    return f"{e['count']} x {e['device']}{laid}, jax {e['jax']}"
 
 
 def _named(tree: Any) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType
 from test_train import corpus, lora_with_dropout
 from tiny import apply_of, same_bytes
 
@@ -228,10 +229,29 @@ def test_bits_are_compared_not_values():
 
 
 def test_other_hardware_is_said(whole, monkeypatch):
-    now = checkpoint.environment()
-    monkeypatch.setattr(checkpoint, "environment", lambda: {**now, "device": "abacus"})
+    now = checkpoint.environment(numbers(0)[0])
+    monkeypatch.setattr(checkpoint, "environment", lambda state: {**now, "device": "abacus"})
     step, (note,) = restored(whole)
     assert step == 20 and "abacus" in note and "not to the last bit" in note
+
+
+def test_another_mesh_or_order_is_said(tmp_path):
+    def on(**axes):
+        mesh = jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=(AxisType.Auto,) * 2)
+        whole = jax.NamedSharding(mesh, jax.P())
+        return jax.tree.map(lambda x: jax.device_put(x, whole), numbers(10)[0])
+
+    with opened(tmp_path) as checkpoints:
+        checkpoints.save(10, on(data=1, fsdp=1), {})
+    for state, said in (
+        (on(data=1, fsdp=1), []),
+        (on(fsdp=1, tensor=1), ["data 1 x fsdp 1 in the order [0], ", "fsdp 1 x tensor 1 in"]),
+        (numbers(10)[0], ["data 1 x fsdp 1", "cpu, jax"]),
+    ):
+        notes = []
+        assert Checkpoints(tmp_path, NAME, note=notes.append).restore(state).facts == {}
+        assert len(notes) == bool(said)
+        assert all(part in notes[0] for part in said)
 
 
 # ------------------------------------------------------------------------------- saves that fail
