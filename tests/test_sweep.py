@@ -155,7 +155,10 @@ def mixed():
     """The cells of MIXED, their single runs on the corpus, and these together in packs of two."""
     cells = [cell_of(want, model_of("gpt2")) for want in MIXED]
     singles = [alone(cell, train.causal_lm_loss, corpus()) for cell in cells]
-    return cells, singles, together(cells, train.causal_lm_loss, corpus(), 2)
+    before = step.run_cells._cache_size()
+    out = together(cells, train.causal_lm_loss, corpus(), 2)
+    assert step.run_cells._cache_size() == before + 1
+    return cells, singles, out
 
 
 def test_cells_of_a_causal_lm_equal_their_single_runs():
@@ -252,7 +255,11 @@ TWO, FOUR = {"rank": 2, "alpha": 4.0}, {"rank": 4, "alpha": 4.0}
 OTHERS = {
     "dora": ("lora", (TWO | {"dora": True}, FOUR | {"dora": True})),
     "pissa": ("lora", (TWO | {"init": "pissa"}, FOUR | {"init": "pissa"})),
+    "olora": ("lora", (TWO | {"init": "olora"}, FOUR | {"init": "olora"})),
+    "plus": ("lora", (TWO | {"plus_ratio": 4.0}, FOUR | {"plus_ratio": 2.0})),
     "full": ("full", ({}, {})),
+    "head": ("head", ({}, {})),
+    "bitfit": ("bitfit", ({}, {})),
 }
 
 
@@ -267,7 +274,18 @@ def test_other_methods_and_options_equal_their_single_runs(case):
         schedule = train.make_schedule((1 + number) * 3e-3, 10, 0.1, "linear")
         cells.append(sweep.Cell(method, *parts, schedule, jax.random.key(number), 0.1, 1.0))
     batches = corpus(0, labelled=True)
-    out, lines = together(cells, loss, batches, 2, made=sweep.make_program(cells[0], loss))
+    seen, fall = [], falling()
+
+    def validate(state):
+        seen.append(models.by_path(jax.device_get(state.trainable)))
+        return [fall(state)] * 2
+
+    made = sweep.make_program(cells[0], loss)
+    out, lines = together(cells, loss, batches, 2, validate, made)
+    for path, array in seen[-1].items():
+        if path.endswith((".adapter.a", ".adapter.b")):  # what fills up the cell of rank 2
+            ranks = array[0] if path.endswith("a") else array[0].swapaxes(-1, -2)
+            assert ranks.shape[-1] == 4 and not ranks[..., 2:].any(), path
     singles = [alone(cell, loss, batches) for cell in cells]
     apart = [differences(*each)[:2] for each in zip(singles, out, lines, strict=True)]
     assert np.max(apart) < RTOL, apart
