@@ -281,6 +281,7 @@ def test_claims_say_what_was_built_in(case, study):
     assert "Low rank is less accurate on the worst-served group (worst-group accuracy)" in text
 
 
+@pytest.mark.slow
 def test_a_base_model_that_answers_is_measured_beside_the_others(tmp_path):
     size = {"seeds": (1, 2), "ranks": (1,), "num_classes": 3}
     result = report_classification.write(tmp_path, answers=True, **size)
@@ -467,6 +468,7 @@ def test_dings_tables_hold_every_method_and_group(case, study):
     assert "− full fine-tuning (validation accuracy minus full's, by seed: " in said
 
 
+@pytest.mark.slow
 def test_das_disparity_over_classes_and_groups(case):
     das = script("das_disparity")
     said = das["section"](case)
@@ -498,6 +500,7 @@ def test_the_heat_map_has_room_for_many_long_names(case):
     assert many[1] > 30 * 0.27 and many[0] < 6  # methods downwards
 
 
+@pytest.mark.slow
 def test_dings_ranks_are_drawn_by_rule_with_attacks_beside_them(tmp_path, monkeypatch):
     ranks = script("ding_ranks")
     memory = {1: 0.2, 4: 1.0, "full": 1.0}

@@ -148,6 +148,7 @@ def test_other_labels_are_another_study(finished, monkeypatch, capsys):
     assert code == 2 and "belongs to another study: tiny_classes" in text
 
 
+@pytest.mark.slow
 def test_a_decoder_answers_by_a_word_for_each_class(finished, monkeypatch, capsys, tmp_path):
     asked = {"prompt": "the {text} is", "answers": {"neg": " bad", "pos": " good"}}
     folder, config = finished[0].parent, tmp_path / "answers.py"
