@@ -1,6 +1,8 @@
 """Memory known in advance: counted by hand, against XLA's own analysis, and as a command."""
 
 import json
+import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -183,6 +185,11 @@ def test_a_7b_model_is_planned_from_its_config_alone(tmp_path):
     assert rows["dots"][0] == pytest.approx(6.738e9 * 2 / 8 / 1e9, abs=0.01)
     assert rows["dots"][1] == pytest.approx((25.30e6 + 14.68e6 / 8) * 4 / 1e9, abs=0.006)
     assert rows["none"][3] > rows["dots"][3] > rows["full"][3]
+    page = (Path(__file__).parent.parent / "tpu_scripts" / "README.md").read_text(encoding="utf-8")
+    (row,) = re.findall(r"LoRA r=16, all linear \| 8 \| 1 x 1024 (.*)\|", page)
+    said = [float(x) for x in re.findall(r"[\d.]+", row)]
+    steps = [rows[remat][3] for remat in memory.PLANNED]
+    assert said == pytest.approx([*rows["dots"][:3], *steps, rows["dots"][4]], abs=0.051)
     with pytest.raises(ValueError, match="cannot be split over 6 devices"):
         memory.plan(spec, 6)
 

@@ -24,8 +24,7 @@ from jax_lowrank.evaluation.intervals import (
 class Measured(NamedTuple):
     """Calibration errors (..., G) of groups; rows (G,), reasons like error, '' where defined.
 
-    low, high: `calibration.limits`. expected, p: `calibration.perfect`. corrected: norm 2 without
-    what chance adds (`calibration.corrected_error`).
+    low, high: `calibration.limits`. expected, p: `calibration.perfect`.
     """
 
     error: np.ndarray
@@ -33,10 +32,16 @@ class Measured(NamedTuple):
     high: np.ndarray
     expected: np.ndarray
     p: np.ndarray
-    corrected: np.ndarray
     rows: np.ndarray
     reason: np.ndarray
-    corrected_reason: np.ndarray
+
+
+class Corrected(NamedTuple):
+    """Errors (..., G) of norm 2 without what chance adds; rows (G,), reasons like error."""
+
+    error: np.ndarray
+    rows: np.ndarray
+    reason: np.ndarray
 
 
 class Difference(NamedTuple):
@@ -73,21 +78,18 @@ def measure(
     limits = calibration.limits(found, norm, level=level, seed=seed)
     perfect = calibration.perfect(found, norm, seed=seed)
     error, rows = calibration.calibration_error(found, norm), groups.sum(0)
-    few = _reasons(rows, minimum)
-    reason = np.where((few == "") & np.isnan(error), "weights of 0 only", few)
+    reason = _undefined(error, rows, minimum, "weights of 0 only")
+    parts = (error, limits.low, limits.high, *perfect)
+    return Measured(*(np.where(reason == "", part, np.nan) for part in parts), rows, reason)
 
-    def enough(values: np.ndarray) -> np.ndarray:
-        return np.where(reason == "", values, np.nan)
 
-    corrected = enough(calibration.corrected_error(found))
-    alone = np.isnan(corrected) & (reason == "")
-    return Measured(
-        *map(enough, (error, limits.low, limits.high, *perfect)),
-        corrected,
-        rows,
-        reason,
-        np.where(alone, "no bin holds two rows", reason),
-    )
+def corrected(p, y, groups, *, num_bins: int = 15, minimum: int = 10) -> Corrected:
+    """`calibration.corrected_error` in bins of equal width; arguments as in `measure`."""
+    groups = membership(groups)
+    error = calibration.corrected_error(calibration.bins(p, y, groups, num_bins=num_bins))
+    rows = groups.sum(0)
+    reason = _undefined(error, rows, minimum, "no bin holds two rows")
+    return Corrected(np.where(reason == "", error, np.nan), rows, reason)
 
 
 def compare(
@@ -136,6 +138,12 @@ def compare(
     p = 2 * stdtr(freedom, -np.abs(divide(estimate, error)))
     reason = np.where((reason == "") & ~(error > 0), "no resample differs", reason)
     return Difference(estimate, estimate - half, estimate + half, p, error, freedom, reason)
+
+
+def _undefined(error: np.ndarray, rows: np.ndarray, minimum: int, why: str) -> np.ndarray:
+    """Reasons like error: too few rows, or `why` where it is NaN for all that."""
+    few = _reasons(rows, minimum)
+    return np.where((few == "") & np.isnan(error), why, few)
 
 
 def _reasons(rows: np.ndarray, minimum: int) -> np.ndarray:

@@ -14,6 +14,7 @@ from jax_lowrank import results
 from jax_lowrank.evaluation import (
     comparisons,
     group_calibration,
+    groups,
     intervals,
     probabilities,
     subgroups,
@@ -233,11 +234,11 @@ def summary(case: Case) -> dict[str, dict[str, Estimate]]:
 
 
 def calibrated(
-    case: Case, chance: np.ndarray, event: np.ndarray, groups: np.ndarray
+    case: Case, chance: np.ndarray, event: np.ndarray, members: np.ndarray
 ) -> tuple[list[Cell], np.ndarray]:
     """ECE of groups (N, G), mean over seeds of values, limits and chance values; and (S, G)."""
     settings = {name: case.settings[name] for name in ("num_bins", "minimum", "level")}
-    found = group_calibration.measure(chance, event, groups, **settings)
+    found = group_calibration.measure(chance, event, members, **settings)
     cells = []
     for g, (size, reason) in enumerate(zip(found.rows, found.reason[0])):
         *values, expected = (float(part[:, g].mean()) for part in found[:4])
@@ -322,9 +323,9 @@ def utility(predictions: np.ndarray, labels: np.ndarray, positive: int, match: s
     """Accuracy of predictions (N,), or F1 of the positive class: NaN where none is, or is said."""
     if match == "accuracy":
         return float((predictions == labels).mean())
-    said, true = predictions == positive, labels == positive
-    total = int(said.sum() + true.sum())
-    return 2 * int((said & true).sum()) / total if total else np.nan
+    true, said = ((classes == positive).astype(int) for classes in (labels, predictions))
+    table = groups.count(true, said, np.ones((true.size, 1), bool)).overall
+    return float(groups.rates(table).f1)
 
 
 def options(case: Case) -> dict[str, Any]:

@@ -79,10 +79,10 @@ def _smooth(case: Case, each: Outputs, everyone: np.ndarray) -> list[Cell]:
 
 
 def _corrected(case: Case, each: Outputs, everyone: np.ndarray) -> list[Cell]:
-    settings = {name: case.settings[name] for name in ("num_bins", "minimum", "level")}
-    found = group_calibration.measure(each.chance, each.event, everyone, **settings)
-    none = np.full_like(found.corrected, np.nan)
-    return _cells(found.corrected, none, none, found.rows, found.corrected_reason)
+    settings = {name: case.settings[name] for name in ("num_bins", "minimum")}
+    found = group_calibration.corrected(each.chance, each.event, everyone, **settings)
+    none = np.full_like(found.error, np.nan)
+    return _cells(found.error, none, none, found.rows, found.reason)
 
 
 def _by_group(found: dict[str, list[Cell]]) -> list[dict[str, Cell]]:
