@@ -2,7 +2,8 @@
 
     jax-lowrank study configs/lira.py             (39 minutes on 2 CPU cores)
     jax-lowrank study configs/lira.py:smoke       (2 minutes)
-    jax-lowrank study configs/lira.py:published   (offline, 16 shadows, as in arXiv 2405.17512)
+    jax-lowrank study configs/lira.py:published   (offline, 16 shadows, as in arXiv 2405.17512,
+                                                   but each on as many rows as its target: 160)
 
 The membership part of arXiv 2405.17512, on HateXplain with all-MiniLM-L6-v2: LoRA r = 8 and full
 fine-tuning of 160 rows, three targets each. The attacks are asked about these rows and 160 test
@@ -32,8 +33,8 @@ def config() -> Study:
 
 
 def published() -> Study:
-    """16 shadows that know none of the audited rows."""
-    return audited("lira_published", 160, MembershipSpec(shadows=16, protocol="published"))
+    """16 shadows of 160 rows each, none of them audited."""
+    return audited("lira_published", 160, MembershipSpec(protocol="published"))
 
 
 def smoke() -> Study:

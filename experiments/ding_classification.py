@@ -26,7 +26,14 @@ from pathlib import Path
 
 from jax_lowrank import results
 from jax_lowrank.report import page
-from jax_lowrank.report.classification import claims, effects, figures, membership, numbers
+from jax_lowrank.report.classification import (
+    claims,
+    effects,
+    figures,
+    membership,
+    numbers,
+    rocs,
+)
 from jax_lowrank.report.classification.numbers import GAPS, TITLES, Case
 
 CHANCE = {  # gap -> the rate of `numbers.gaps` whose gap it is
@@ -92,7 +99,7 @@ def attack_table(audit: membership.Audit) -> str:
         [row.label, row.attack, *(cell(c) for c in (row.auc, *row.rates))] for row in audit.rows
     ]
     by_group = [
-        [f"{group.name} ({group.members}, {group.others})", *map(cell, group.cells.values())]
+        [f"{group.name} ({group.members}, {group.others})", *map(cell, group.aucs.values())]
         for group in audit.groups
     ]
     apart = [f"{each.label} − {each.other}: {difference(each.found)}" for each in audit.distances]
@@ -165,7 +172,7 @@ def drawn(case: Case, result: results.StudyResult) -> list[figures.Figure]:
     pairs += [matched] if matched else []
     parts = (numbers.summary(case), numbers.distances(case), groups, pairs)
     audit = membership.audit(case, result)
-    return [*figures.all_figures(case, *parts), *(audit.figures if audit else [])]
+    return [*figures.all_figures(case, *parts), *(rocs.all_figures(case, audit) if audit else [])]
 
 
 def main() -> None:

@@ -41,7 +41,7 @@ LAYER_CHOICES = ("first", "last", "random")
 LAYER_LIST = re.compile(r"\d+(,\d+)*")
 INITS = ("kaiming", "gaussian", "pissa", "olora")
 REMATS = ("none", "dots", "offload", "full")
-PROTOCOLS = ("online", "published")
+PROTOCOLS = {"online": 64, "published": 16}  # of audits, and how many shadow models is usual
 UTILITIES = ("accuracy", "f1")
 NO_RESULT = {"result": False}  # metadata of fields that no result depends on
 
@@ -193,7 +193,8 @@ class TrainSpec:
     """Between two checkpoints: what is lost at most when the process is killed."""
     sweep_size: int = field(default=0, metadata=NO_RESULT)
     """In a study, how many runs are trained together at most; 0: as many as are quicker so and as
-    memory has room for; 1: each alone."""
+    memory has room for; 1: each alone. Full fine-tuning on a CPU, and all runs over a base below
+    float32, are always alone."""
 
     def __post_init__(self) -> None:
         require(self.schedule in SCHEDULES, f"schedule: {nearest(self.schedule, SCHEDULES)}")
@@ -283,10 +284,13 @@ class EvalSpec:
 class MembershipSpec:
     """An audit of what reported runs remember, by shadow models: their method on other rows."""
 
-    shadows: int = 64
-    """Of each audited method; more make the attack stronger."""
+    shadows: int = 0
+    """Of each audited method; more make the attack stronger. 0: 64 online, 16 as published."""
     protocol: str = "online"
     """online: each audited row trains half of them; published (arXiv 2405.17512): none."""
+    rows: int = 0
+    """As published, those that a shadow trains on; 0: as many as its target, that is, as the study
+    trains on (the paper has half as many)."""
     methods: tuple[str, ...] = ()
     """Labels of those to audit; empty: all."""
     seed: int = 0
@@ -294,8 +298,20 @@ class MembershipSpec:
     def __post_init__(self) -> None:
         protocol = nearest(self.protocol, PROTOCOLS)
         require(self.protocol in PROTOCOLS, f"membership.protocol: {protocol}")
-        near = max(2, self.shadows + self.shadows % 2)
-        require(near == self.shadows, f"membership.shadows {self.shadows} is not even; use {near}")
+        number = self.num_shadows
+        if self.protocol == "published":
+            require(number >= 2, f"membership.shadows {number} is below 2; 16 is usual")
+            require(self.rows >= 0, f"membership.rows {self.rows} is negative; 0 is usual")
+            return
+        near = max(2, number + number % 2)
+        require(near == number, f"membership.shadows {number} is not even; use {near}")
+        unset = "online, shadows train on halves of the audited rows; use 0"
+        require(not self.rows, f"membership.rows {self.rows} is for protocol 'published': {unset}")
+
+    @property
+    def num_shadows(self) -> int:
+        """Of each audited method."""
+        return self.shadows or PROTOCOLS[self.protocol]
 
 
 @dataclass(frozen=True)

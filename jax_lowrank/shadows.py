@@ -33,23 +33,37 @@ def halves(num_rows: int, num_shadows: int, seed: int) -> np.ndarray:
     return taken
 
 
-def published(
-    audited: np.ndarray, num_shadows: int, seed: int, fraction: float = 0.5
-) -> np.ndarray:
-    """taken (N, K) bool of the offline protocol: a random part of the rows that are not audited.
+def published(labels: np.ndarray, counts: Sequence[int], num_shadows: int, seed: int) -> np.ndarray:
+    """taken (N, K) bool of the offline protocol, of N rows that are not audited.
 
-    audited: (N,) bool. ValueError where that leaves a shadow without rows.
+    Each shadow draws as many of each class as `counts` (C,) says: those that its target has seen,
+    or it would prefer other classes. ValueError where a class of `labels` (N,) has fewer.
     """
-    others = np.flatnonzero(~audited)
-    number = round(fraction * len(others))
-    if not 1 <= number <= len(others):
+    held = np.bincount(labels, minlength=len(counts))
+    if not sum(counts) or (held < counts).any():
         raise ValueError(
-            f"{fraction} of {len(others)} rows that are not audited is no training set"
+            f"{held.tolist()} rows of each class are not audited; {list(map(int, counts))} of them"
+            " are no training set"
         )
-    rng, taken = np.random.default_rng(seed), np.zeros((len(audited), num_shadows), bool)
+    rng, taken = np.random.default_rng(seed), np.zeros((len(labels), num_shadows), bool)
     for k in range(num_shadows):
-        taken[rng.choice(others, number, replace=False), k] = True
+        taken[draw(labels, counts, rng), k] = True
     return taken
+
+
+def quotas(counts: np.ndarray, total: int) -> np.ndarray:
+    """`total` rows shared out over classes as `counts` (C,) are, to within a row; (C,) int."""
+    exact = total * counts / counts.sum()
+    found = np.floor(exact).astype(int)
+    found[np.argsort(found - exact, kind="stable")[: total - found.sum()]] += 1
+    return found
+
+
+def draw(labels: np.ndarray, counts: Sequence[int], rng: np.random.Generator) -> np.ndarray:
+    """Numbers of random rows, in order: of each class so many (C,), or all where it has fewer."""
+    order = rng.permutation(len(labels))
+    chosen = [order[labels[order] == place][:number] for place, number in enumerate(counts)]
+    return np.sort(np.concatenate(chosen))
 
 
 def members(ids: Sequence[str], trained: Collection[str]) -> np.ndarray:

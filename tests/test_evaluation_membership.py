@@ -53,6 +53,45 @@ def test_online_is_zero_where_shadows_that_knew_a_row_look_like_the_others():
     np.testing.assert_allclose(membership.lira_online(TARGET, shadows, inside).score, 0, atol=1e-12)
 
 
+def test_the_mean_over_two_augmentations_equals_tf_privacy():
+    """Theirs averages over augmentations; here each is an attack, whose scores are averaged."""
+    target, shadows = np.array([[1.0, 0.0]]), np.array([[[-1.0, 0.0], [1.0, 20.0]]])
+    outside = np.zeros((1, 2), bool)
+    for center in ("mean", "median"):
+        each = [
+            membership.lira_offline(
+                target[:, a], shadows[..., a], outside, form="density", center=center
+            ).score
+            for a in (0, 1)
+        ]
+        np.testing.assert_allclose(np.mean(each, axis=0), [2.57023108], 1e-8)
+
+
+# compute_score_offset: the target's statistic minus the shadows' middle, mean over augmentations.
+# (2 rows, 3 augmentations) and (2 rows, 3 shadows, 3 augmentations); the first row has one shadow.
+OFFSET_TARGET = np.array([[-0.1, 0.1, 0], [0, 0, 27]])
+OFFSET_IN = np.array([[[1, 2, -3], [0, 0, 0], [0, 0, 0]], [[-2, 4, 6], [0, 0, 0], [5, -7, -9.0]]])
+ABSENT = np.array([[False, True, True], [False, False, False]])
+OFFSETS = {
+    ("in", "mean"): (0, 28 / 3),
+    ("in", "median"): (0, 9),
+    ("out", "mean"): (-10, -4 / 3),
+    ("out", "median"): (-10, -1),
+}
+
+
+@pytest.mark.parametrize(("side", "center"), OFFSETS)
+def test_the_offset_from_the_shadows_equals_tf_privacy(side, center):
+    """The tail attack's score is this offset, in units of the spread of all rows."""
+    shadows, offsets = OFFSET_IN if side == "in" else 10 - OFFSET_IN, []
+    for target, values in zip(OFFSET_TARGET.T, np.moveaxis(shadows, 2, 0)):
+        options = {"variance": "global", "center": center}
+        found = membership.lira_offline(target, values, ABSENT, **options)
+        residuals = values[1] - getattr(np, center)(values[1])
+        offsets.append(found.score * np.sqrt(np.mean(residuals**2)))
+    np.testing.assert_allclose(np.mean(offsets, axis=0), OFFSETS[side, center], atol=1e-12)
+
+
 def test_margin_and_likelihood_equal_tf_privacy_and_do_not_saturate():
     logits, labels = [[1, 2, -3], [-1, 1, 0]], [1, 2]
     np.testing.assert_allclose(membership.margin(logits, labels), [0.98185009, -1.12692802], 1e-7)
@@ -234,29 +273,44 @@ def test_too_few_members_is_nan_with_a_reason_and_nan_scores_are_counted():
     assert membership.attack(scores, np.arange(30) % 2 == 0).num_missing == 1
 
 
-def test_group_gap_is_read_against_its_permutations():
+def test_group_gaps_are_read_against_their_permutations():
     rng = np.random.default_rng(5)
     groups = np.eye(8, dtype=bool)[rng.integers(0, 8, 1600)]
     member = rng.random(1600) < 0.5
     scores = rng.normal(size=1600)
-    calm = membership.auc_gap(scores, member, groups, num_permutations=200)
-    assert calm.p > 0.05 and calm.null_mean > 0.05 and calm.num_defined == 8
-    expected = [membership.attack(scores[g], member[g]).auc for g in groups.T]
-    np.testing.assert_allclose(calm.aucs, expected, atol=1e-12)
+    calm = membership.gaps(scores, member, groups, num_permutations=200)
+    names = ["auc", "best balanced accuracy", "tpr at 0.1", "tpr at 0.01", "tpr at 0.001"]
+    assert [each.measure for each in calm] == names
+    for each in calm[:3]:
+        assert each.p > 0.05 and each.null_mean > 0.05 and each.num_defined == 8
+    found = membership.by_group(scores, member, groups)
+    for each, values in zip(
+        calm[:4], zip(*((a.auc, a.balanced_accuracy, *(t.rate for t in a.at)) for a in found))
+    ):
+        np.testing.assert_allclose(each.values, values, atol=1e-12)
+    assert (
+        np.isnan(calm[4].gap) and "0 of 8 groups have 10 members and others and" in calm[4].reason
+    )
     leaky = scores + 1.5 * (member & groups[:, 3])
-    loud = membership.auc_gap(leaky, member, groups, num_permutations=200)
-    assert loud.p < 0.01 and loud.gap > 0.3
+    loud = membership.gaps(leaky, member, groups, num_permutations=200)
+    assert all(each.p < 0.01 and each.gap > 0.2 for each in loud[:3]), loud
+    assert loud[0].gap > 0.3
 
 
-def test_group_gap_counts_ties_as_one_half_and_names_small_groups():
+def test_group_gaps_count_ties_as_one_half_and_name_small_groups():
     rng = np.random.default_rng(6)
     groups = rng.random((400, 3)) < 0.5
     groups[:, 2] = np.arange(400) < 4
     member, scores = rng.random(400) < 0.5, rng.integers(0, 4, 400).astype(float)
-    found = membership.auc_gap(scores, member, groups, num_permutations=50)
-    expected = [membership.attack(scores[g], member[g]).auc for g in groups.T[:2]]
-    np.testing.assert_allclose(found.aucs[:2], expected, atol=1e-12)
-    assert np.isnan(found.aucs[2]) and found.num_defined == 2
+    scores[9] = np.nan
+    found = membership.gaps(scores, member, groups, num_permutations=50)
+    attacks = membership.by_group(scores, member, groups)
+    assert not {a.num_others for a in attacks[:2]} & {100}  # so that 1 % is told by both or none
+    for number, read in enumerate((lambda a: a.auc, lambda a: a.balanced_accuracy)):
+        expected = [read(each) for each in attacks]
+        np.testing.assert_allclose(found[number].values, expected, atol=1e-12)
+        assert np.isnan(found[number].values[2]) and found[number].num_defined == 2
+    np.testing.assert_allclose(found[2].values, [each.at[0].rate for each in attacks], atol=1e-12)
 
 
 @pytest.mark.parametrize(

@@ -21,18 +21,38 @@ def test_halves_are_balanced_in_both_directions():
     taken = shadows.halves(40, 8, seed=1)
     assert (taken.sum(0) == 20).all() and (taken.sum(1) == 4).all()
     assert not np.array_equal(taken[:, 0], taken[:, 2])
-    odd = shadows.halves(41, 8, seed=1)
-    assert (odd.sum(0) == 20).all() and odd.sum(1).min() >= 0 and odd.sum() == 160
+    odd = shadows.halves(41, 8, seed=1)  # a row is left out of each of four pairs
+    assert (odd.sum(0) == 20).all() and odd.sum(1).max() == 4 and (4 - odd.sum(1)).sum() == 4
+    pairs = odd.reshape(41, 4, 2).sum(2)
+    assert pairs.max() == 1 and ((pairs == 0).sum(0) == 1).all()
     with pytest.raises(ValueError, match=r"7 shadows .*; use 8"):
         shadows.halves(40, 7, seed=1)
 
 
-def test_published_shadows_never_see_an_audited_row():
-    audited = np.arange(60) < 20
-    taken = shadows.published(audited, 16, seed=0)
-    assert not taken[audited].any() and (taken.sum(0) == 20).all()
-    with pytest.raises(ValueError, match="no training set"):
-        shadows.published(np.ones(4, bool), 2, seed=0)
+def test_published_shadows_have_their_targets_size_and_classes():
+    labels = np.repeat([0, 1, 2], [20, 30, 10])
+    taken = shadows.published(labels, (8, 15, 2), 16, seed=0)
+    for column in taken.T:
+        np.testing.assert_array_equal(np.bincount(labels[column]), (8, 15, 2))
+    assert len({column.tobytes() for column in taken.T}) == 16
+    np.testing.assert_array_equal(shadows.published(labels, (8, 15, 2), 4, seed=0), taken[:, :4])
+    for counts in ((8, 31, 2), (0, 0, 0)):
+        with pytest.raises(ValueError, match=r"\[20, 30, 10\] rows .* no training set"):
+            shadows.published(labels, counts, 2, seed=0)
+
+
+def test_rows_are_shared_out_over_classes_in_proportion():
+    counts = np.array([65, 25, 10])
+    np.testing.assert_array_equal(shadows.quotas(counts, 100), counts)
+    for total in range(101):
+        found = shadows.quotas(counts, total)
+        assert found.sum() == total and np.abs(found - total * counts / 100).max() < 1
+
+
+def test_a_draw_by_class_has_what_there_is():
+    labels = np.array([0, 1, 0, 1, 0, 1, 0, 2])
+    rows = shadows.draw(labels, (2, 3, 4), np.random.default_rng(0))
+    assert np.bincount(labels[rows]).tolist() == [2, 3, 1] and (np.diff(rows) > 0).all()
 
 
 def test_membership_comes_from_the_recorded_ids():

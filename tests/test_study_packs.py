@@ -36,6 +36,7 @@ def config():
         methods=(
             MethodSpec("lora", (1e-3, 1e30), rank=2),
             MethodSpec("lora", (2e-3,), rank=4, layer_fraction=0.5, plus_ratio=4, epochs=3),
+            MethodSpec("head", (1e-3, 3e-3)),
         ),
         train=TrainSpec(epochs=2, batch_size=4, max_length=16, steps_per_call=2), seeds=(1, 2),
         evaluate=EvalSpec(minimum=3, num_resamples=50),
@@ -47,10 +48,8 @@ def config():
 RTOL = 1e-5
 
 
-@pytest.fixture(scope="module")
-def config(tmp_path_factory):
+def write_config(folder):
     """A config file of a study whose checkpoint has no head: every seed draws its own."""
-    folder = tmp_path_factory.mktemp("packed")
     model = tiny_text.checkpoint(folder / "model")
     rows = texts()
     for row in rows[1::3] + rows[2::3]:  # batches of two widths
@@ -58,6 +57,12 @@ def config(tmp_path_factory):
     data = tiny_text.jsonl(folder / "data.jsonl", rows)
     (folder / "packed.py").write_text(CONFIG.format(model=str(model), data=str(data)))
     return folder / "packed.py"
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    """That file."""
+    return write_config(tmp_path_factory.mktemp("packed"))
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +83,21 @@ def packed(prepared):
 def lines_of(run: Path) -> list[dict]:
     """A run's log."""
     return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+
+
+def assert_same(run, other):
+    """Asserts that a run is another of its name: its record, but for times, and what is stored of
+    it, to RTOL; completions are the same texts."""
+    timed = ("seconds", "tokens_per_second")
+    assert list(run.record) == list(other.record)
+    assert run.record["seconds"].keys() == other.record["seconds"].keys()
+    for key in run.record.keys() - {*timed, "validation_loss", "resumed_at"}:
+        assert run.record[key] == other.record[key], key
+    loss, wanted = (each.record["validation_loss"] for each in (run, other))
+    assert loss == wanted if None in (loss, wanted) else loss == pytest.approx(wanted, rel=RTOL)
+    assert run.arrays.keys() == other.arrays.keys() and run.completions == other.completions
+    for key, array in run.arrays.items():
+        np.testing.assert_allclose(array, other.arrays[key], rtol=RTOL, atol=RTOL, err_msg=key)
 
 
 def told(run: Path) -> dict[tuple, float]:
@@ -106,15 +126,11 @@ def test_a_study_in_packs_gives_what_its_runs_give_alone(config, packed, monkeyp
     assert "together" not in capsys.readouterr().err
     runs = {run.record["fingerprint"]: run for run in results.read_study(alone).runs}
     found = results.read_study(packed).runs
-    assert [run.record["fingerprint"] for run in found] == list(runs) and len(found) == 12
+    assert [run.record["fingerprint"] for run in found] == list(runs) and len(found) == 16
     diverged = 0
     for run in found:
-        other = runs[run.record["fingerprint"]]
-        timed = ("seconds", "tokens_per_second")
-        assert list(run.record) == list(other.record)
-        assert run.record["seconds"].keys() == other.record["seconds"].keys()
-        for key in run.record.keys() - {*timed, "validation_loss"}:
-            assert run.record[key] == other.record[key], key
+        assert_same(run, runs[run.record["fingerprint"]])
+        assert not run.record.get("resumed_at")
         folder, theirs = (path / "runs" / run.record["fingerprint"] for path in (packed, alone))
         assert {p.name for p in folder.iterdir()} == {p.name for p in theirs.iterdir()}
         said, wanted = told(folder), told(theirs)
@@ -127,9 +143,6 @@ def test_a_study_in_packs_gives_what_its_runs_give_alone(config, packed, monkeyp
         if run.record["diverged"]:
             diverged += 1
             continue
-        assert run.arrays.keys() == other.arrays.keys()
-        for key, array in run.arrays.items():
-            np.testing.assert_allclose(array, other.arrays[key], rtol=RTOL, atol=RTOL)
         if run.record["kind"] == "final":
             weights, wanted = (load_file(f / "trainable.safetensors") for f in (folder, theirs))
             assert weights.keys() == wanted.keys()
@@ -187,7 +200,9 @@ def test_a_pack_that_is_stopped_goes_on_with_all_its_members(
     assert not any((again.out / "checkpoints").iterdir())
     for run in results.read_study(packed).runs:
         other = results.read_run(again.out / "runs" / run.record["fingerprint"])
-        if run.record["kind"] != "base" and not run.record["diverged"]:
+        if run.record["label"] == "head only":
+            assert other.record["resumed_at"] == []
+        elif run.record["kind"] != "base" and not run.record["diverged"]:
             assert other.record["resumed_at"] == stops[run.record["kind"]]
         for key, array in run.arrays.items():
             assert other.arrays[key].tobytes() == array.tobytes(), key
@@ -195,6 +210,71 @@ def test_a_pack_that_is_stopped_goes_on_with_all_its_members(
             lines_of(out / "runs" / run.record["fingerprint"]) for out in (again.out, packed)
         )
         assert [line.get("loss") for line in lines] == [line.get("loss") for line in wanted]
+
+
+COMPLETIONS = """
+from jax_lowrank.config import EvalSpec, MethodSpec, ModelSpec, Study, TaskSpec, TrainSpec
+
+def config():
+    return Study(
+        name="completed", question="?", model=ModelSpec(path={model!r}),
+        task=TaskSpec(name="completions", scorer={words!r}, options={options!r}),
+        methods=(MethodSpec("lora", (3e-3, 1e-3), rank=2), MethodSpec("lora", (2e-3,), rank=4)),
+        train=TrainSpec(epochs=2, batch_size=4, max_length=16, steps_per_call=2), seeds=(1, 2),
+        evaluate=EvalSpec(samples_per_prompt=3, max_new_tokens=3),
+    )
+"""
+
+
+def completions_config(folder):
+    """A config file of a study of completions on the tiny checkpoint."""
+    texts = [row["prompt"] + row["completion"] for row in tiny_text.pairs(24)]
+    for name, group in (("tuned", "a"), ("transfer", "b")):
+        lines = [
+            f"{word} is the {animal}\t{group}"
+            for word in ("what", "who", "where")
+            for animal in ("cat", "dog")
+        ]
+        (folder / f"{name}.tsv").write_text("\n".join(["text\tcategory", *lines, ""]))
+    (folder / "train.txt").write_text("\n".join(f"see {text}" for text in texts))
+    (folder / "neutral.txt").write_text("the box is small\nyou hear the red bird\n")
+    (folder / "words.txt").write_text("bad\n")
+    files = {name: f"{name}.tsv" for name in ("tuned", "transfer")}
+    files |= {name: f"{name}.txt" for name in ("train", "neutral")}
+    paths = {
+        "model": str(tiny_text.checkpoint(folder / "model")),
+        "words": f"lexicon:{folder / 'words.txt'}",
+        "options": {name: str(folder / file) for name, file in files.items()},
+    }
+    (folder / "completed.py").write_text(COMPLETIONS.format(**paths))
+    return folder / "completed.py"
+
+
+@pytest.mark.slow
+def test_a_study_of_completions_in_packs_gives_what_its_runs_give_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(packs, "COMPILING", 0)
+    study, sizes, train_pack = load_config(str(completions_config(tmp_path))), [], grid.train_pack
+
+    def counted(p, cells, named, programs):
+        sizes.append(len(named))
+        return train_pack(p, cells, named, programs)
+
+    monkeypatch.setattr(grid, "train_pack", counted)
+    for name, together in (("packs", True), ("alone", False)):
+        prepared = prepare(study, tmp_path / name, print)
+        assert execute(prepared, print, together=together) == 0
+    assert sorted(sizes) == [3, 4]  # rates, then seeds; none of them one by one
+    found, alone = (results.read_study(tmp_path / name).runs for name in ("packs", "alone"))
+    assert len(found) == 8
+    for run, other in zip(found, alone, strict=True):
+        assert_same(run, other)
+        if run.record["kind"] != "tune":
+            texts = np.array(run.completions["tuned"])
+            assert texts.shape == (6, 3) and {"tuned/log_posterior", "neutral/nll"} < set(
+                run.arrays
+            )
+    finals = [run for run in found if run.record["kind"] == "final"]
+    assert len({run.arrays["neutral/nll"].tobytes() for run in finals}) == 4
 
 
 def of(*methods, seeds=(1,), kind="tune", **train):

@@ -43,9 +43,10 @@ STEPS_PER_CALL = 8
 TURN_SECONDS = 1.0  # at least
 
 
-def cell_of(model, number: int) -> sweep.Cell:
+def cell_of(model, number: int, name: str) -> sweep.Cell:
     """Cell `number`: ranks and learning rates take turns, the seed is its own."""
-    method = METHODS["lora"](rank=RANKS[number % len(RANKS)], alpha=16.0)
+    options = {"rank": RANKS[number % len(RANKS)], "alpha": 16.0} if name == "lora" else {}
+    method = METHODS[name](**options)
     parts = method.split(jax.random.key(number), model)
     schedule = train.make_schedule((1 + number % 4) * 1e-3, 10**6, 0.0, "constant")
     return sweep.Cell(method, *parts, schedule, jax.random.key(number), DECAY, CLIP)
@@ -62,7 +63,7 @@ def batches(options, rng) -> Batch:
 
 def single(options, model):
     """call() -> losses of one compiled call of the single run; how many scalars it trains."""
-    cell, rng = cell_of(model, 0), np.random.default_rng(0)
+    cell, rng = cell_of(model, 0, options.method), np.random.default_rng(0)
     optimizer = train.make_optimizer(cell.trainable, cell.method, weight_decay=DECAY, clip=CLIP)
     apply = bind(cell.graphdef)
     state = (cell.trainable, optimizer.init(cell.trainable))
@@ -90,7 +91,8 @@ def single(options, model):
 
 def swept(options, model):
     """The same for a sweep of `options.cells`; and how many are computed at once."""
-    made, rng = [cell_of(model, k) for k in range(options.cells)], np.random.default_rng(0)
+    rng = np.random.default_rng(0)
+    made = [cell_of(model, k, options.method) for k in range(options.cells)]
     limit = step.pack_limit()
     size = options.pack or step.pack_size(len(made), options.rows * options.length, limit)
     program = sweep.make_program(made[0], train.causal_lm_loss)
@@ -155,6 +157,7 @@ def main() -> None:
     """Parse, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shape", choices=SHAPES, default="small")
+    parser.add_argument("--method", choices=("lora", "full"), default="lora")
     parser.add_argument("--rows", type=int, default=1)
     parser.add_argument("--length", type=int, default=32)
     parser.add_argument("--cells", type=int, default=0)

@@ -74,17 +74,19 @@ class Attack(NamedTuple):
     reason: str
 
 
-class AucGap(NamedTuple):
-    """Largest minus smallest AUC over the groups that have one, and what chance gives.
+class Gap(NamedTuple):
+    """Largest minus smallest of a number over the groups that have one, and what chance gives.
 
-    null_mean: mean gap when rows of membership in groups are permuted among members and among
-    non-members; p = (hits + 1) / (permutations + 1). `aucs` (G,), NaN where undefined.
+    measure: "auc", "best balanced accuracy" or "tpr at 0.1". null_mean: mean gap when rows of
+    membership in groups are permuted among members and among non-members;
+    p = (hits + 1) / (permutations + 1). `values` (G,), NaN where undefined.
     """
 
+    measure: str
     gap: float
     null_mean: float
     p: float
-    aucs: np.ndarray
+    values: np.ndarray
     num_defined: int
     num_permutations: int
     reason: str
@@ -232,43 +234,81 @@ def auc_limits(auc: float, num_members: int, num_others: int, level: float = 0.9
     return float(low), float(high)
 
 
-def auc_gap(
-    scores, member, groups, *, minimum: int = 10, num_permutations: int = 1000, seed: int = 0
-) -> AucGap:
-    """Do some groups leak more than others? The gap is above 0 even where none does, so that it
-    means nothing without its null (Kulynych et al. 2019, arXiv 1906.00389)."""
+def gaps(
+    scores,
+    member,
+    groups,
+    *,
+    targets=(0.1, 0.01, 0.001),
+    minimum: int = 10,
+    num_permutations: int = 1000,
+    seed: int = 0,
+) -> tuple[Gap, ...]:
+    """Do some groups leak more than others? Of AUC, balanced accuracy and rates at `targets`, as in
+    `attack`. A gap is above 0 even where none does, so that it means nothing without its null
+    (Kulynych et al. 2019, arXiv 1906.00389)."""
     scores, member = _pair(scores, member)
     groups = intervals.membership(groups)
     if groups.shape[0] != scores.size:
         raise ValueError(f"groups must have a row for each of {scores.size} scores")
     kept = ~np.isnan(scores) & groups.any(1)
-    order = np.flatnonzero(kept)[np.argsort(scores[kept], kind="stable")]
+    order = np.flatnonzero(kept)[np.argsort(-scores[kept], kind="stable")]
     scores, member, groups = scores[order], member[order], groups[order]
-    first = np.searchsorted(scores, scores, side="left")
-    last = np.searchsorted(scores, scores, side="right")
+    ends = np.flatnonzero(np.append(scores[1:] != scores[:-1], True)[: scores.size])
+    ones, zeros = groups[member].sum(0), groups[~member].sum(0)
+    enough = np.minimum(ones, zeros) >= max(minimum, 1)
+    defined = np.stack([enough, enough, *(enough & (t * zeros >= 1) for t in targets)])
 
-    def aucs(groups):
-        others = np.concatenate([np.zeros((1, groups.shape[1])), np.cumsum(groups[~member], 0)])
-        before = np.concatenate([[0], np.cumsum(~member)])  # non-members among the first rows
-        below = (others[before[first[member]]] + others[before[last[member]]]) / 2
-        wins = np.einsum("ng,ng->g", groups[member].astype(float), below)
-        return intervals.divide(wins, groups[member].sum(0) * others[-1])
+    def measured(groups) -> np.ndarray:
+        return np.where(defined, _of_groups(member, groups, ends, targets), np.nan)
 
-    counts = np.minimum(groups[member].sum(0), groups[~member].sum(0))
-    defined = counts >= max(minimum, 1)
-    found = np.where(defined, aucs(groups), np.nan)
-    if defined.sum() < 2:
-        reason = f"{defined.sum()} of {defined.size} groups have {minimum} members and others"
-        return AucGap(np.nan, np.nan, np.nan, found, int(defined.sum()), num_permutations, reason)
-    rng, null = np.random.default_rng(seed), np.empty(num_permutations)
-    shuffled = groups[:, defined].copy()
-    for draw in range(num_permutations):
-        for rows in (np.flatnonzero(member), np.flatnonzero(~member)):
-            shuffled[rows] = shuffled[rng.permutation(rows)]
-        null[draw] = np.ptp(aucs(shuffled))
-    gap = float(np.ptp(found[defined]))
-    p = float((np.sum(null >= gap - 1e-12) + 1) / (num_permutations + 1))
-    return AucGap(gap, float(null.mean()), p, found, int(defined.sum()), num_permutations, "")
+    found, null = measured(groups), np.full((num_permutations, len(defined)), np.nan)
+    compared = defined.sum(1) > 1
+    rng, shuffled = np.random.default_rng(seed), groups.copy()
+    parts = (np.flatnonzero(member), np.flatnonzero(~member))
+    for draw in range(num_permutations if compared.any() else 0):
+        for rows in parts:
+            shuffled[rows] = groups[rng.permutation(rows)]
+        null[draw, compared] = _spread(measured(shuffled)[compared])
+    names = ("auc", "best balanced accuracy", *(f"tpr at {t:g}" for t in targets))
+    can = f"groups have {minimum} members and others"
+    cans = (can, can, *(f"{can} and resolve a rate of {t:g}" for t in targets))
+    return tuple(map(_gap, names, found, null.T, cans))
+
+
+def _gap(measure: str, values: np.ndarray, null: np.ndarray, can: str) -> Gap:
+    number = int((~np.isnan(values)).sum())
+    if number < 2:
+        reason = f"{number} of {values.size} {can}"
+        return Gap(measure, np.nan, np.nan, np.nan, values, number, null.size, reason)
+    gap = float(_spread(values))
+    p = float((np.sum(null >= gap - 1e-12) + 1) / (null.size + 1))
+    return Gap(measure, gap, float(null.mean()), p, values, number, null.size, "")
+
+
+def _spread(values) -> np.ndarray:
+    """Largest minus smallest along the last axis."""
+    return np.nanmax(values, axis=-1) - np.nanmin(values, axis=-1)
+
+
+def _of_groups(member, groups, ends, targets) -> np.ndarray:
+    """AUC, best balanced accuracy and rates at `targets` (M, G) of rows sorted by falling score;
+    ends (E,): the last row of each score."""
+    inside = np.ascontiguousarray(groups.T)
+    hits, false = (  # (G, 1 + E): members, and others, of at least this score
+        np.concatenate([np.zeros((len(inside), 1)), np.cumsum(inside & called, 1)[:, ends]], 1)
+        for called in (member, ~member)
+    )
+    ones, zeros = hits[:, -1:], false[:, -1:]
+    area = np.einsum("ge,ge->g", false[:, 1:] - false[:, :-1], hits[:, 1:] + hits[:, :-1]) / 2
+    best = (hits * zeros - false * ones).max(1)
+    pairs = (ones * zeros)[:, 0]
+    auc, gain = intervals.divide(area, pairs), intervals.divide(best, pairs)
+    rates = (
+        intervals.divide((hits * (false <= (t + 1e-12) * zeros)).max(1), ones[:, 0])
+        for t in targets
+    )
+    return np.stack([auc, (1 + gain) / 2, *rates])
 
 
 def _at(curve: Roc, target: float, ones: int, zeros: int, level: float) -> AtRate:

@@ -160,7 +160,9 @@ def summary(p: Prepared, record: dict, arrays: dict) -> str:
 def measured(p: Prepared, run: Run) -> tuple:
     """What the outputs depend on besides model, data and training: the audit, if it is in one."""
     audit = p.study.membership
-    return (audit.protocol, audit.seed) if membership.is_audited(p.study, run) else ()
+    if not membership.is_audited(p.study, run):
+        return ()
+    return (audit.protocol, audit.seed, audit.rows if run.kind == "shadow" else 0)
 
 
 def describe(p: Prepared) -> dict:

@@ -329,6 +329,7 @@ def new_record(p: Prepared, run: Run, method: Method | None, trainable, frozen) 
         "learning_rate": run.learning_rate,
         "seed": run.seed,
         "splits": membership.split_hashes(p.task, p.study.membership, run),
+        "audit": membership.described(p.task, p.study, run),
         "num_steps": None,
         "best_step": None,
         "validation_loss": None,

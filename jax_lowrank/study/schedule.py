@@ -39,7 +39,7 @@ def slots_of(study: Study) -> list[Slot]:
         slots += [Slot("final", method, None, seed) for seed in study.seeds]
     for method, spec in enumerate(study.methods):
         if audit and (not audit.methods or spec.label in audit.methods):
-            seeds = range(FIRST_SEED, FIRST_SEED + audit.shadows)
+            seeds = range(FIRST_SEED, FIRST_SEED + audit.num_shadows)
             slots += [Slot("shadow", method, None, seed) for seed in seeds]
     return slots
 

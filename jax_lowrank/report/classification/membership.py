@@ -13,11 +13,8 @@ from typing import NamedTuple
 import numpy as np
 
 from jax_lowrank.evaluation import membership, ranking
-from jax_lowrank.report.classification.figures import COLOR_OF, roles
 from jax_lowrank.report.classification.numbers import Case, Cell
-from jax_lowrank.report.drawing import COLORS, Key, Panel, panel
-from jax_lowrank.report.figures import Figure
-from jax_lowrank.results import StudyResult
+from jax_lowrank.results import Rows, StudyResult
 
 POOL = "audited"
 RATES = (0.1, 0.01, 0.001)  # false positive rates
@@ -28,7 +25,8 @@ MAIN = {"online": "LiRA online", "published": "LiRA offline, tail"}
 class Audited(NamedTuple):
     """One method under S seeds: log p of the audited rows under S targets (S, A) and K shadows
     (K, A), their margins, and log p of V validation rows, which none was trained on; member (A,)
-    and inside (A, K) bool: who was trained on what.
+    and inside (A, K) bool: who was trained on what. trained_on: rows of a shadow, or None where
+    results of earlier versions do not say it.
     """
 
     label: str
@@ -41,6 +39,7 @@ class Audited(NamedTuple):
     shadow_others: np.ndarray
     member: np.ndarray
     inside: np.ndarray
+    trained_on: int | None
 
 
 class Row(NamedTuple):
@@ -53,13 +52,18 @@ class Row(NamedTuple):
     rates: tuple[Cell, ...]
 
 
-class GroupAuc(NamedTuple):
-    """AUC of the main attack inside a group, with its members and non-members."""
+class Group(NamedTuple):
+    """The main attack inside a group, with its members and non-members."""
 
     name: str
     members: int
     others: int
-    cells: dict[str, Cell]  # by method
+    rows: dict[str, Row]  # by method
+
+    @property
+    def aucs(self) -> dict[str, Cell]:
+        """By method."""
+        return {label: row.auc for label, row in self.rows.items()}
 
 
 class Distance(NamedTuple):
@@ -71,24 +75,29 @@ class Distance(NamedTuple):
     found: ranking.Difference
 
 
-class Gap(NamedTuple):
-    """Largest minus smallest group AUC of the mean score over seeds, and chance's."""
+class Gaps(NamedTuple):
+    """Largest minus smallest number of a group, of the mean score over seeds, and chance's: of AUC,
+    balanced accuracy, and true positive rates at RATES."""
 
     label: str
-    found: membership.AucGap
+    found: tuple[membership.Gap, ...]
 
 
 class Audit(NamedTuple):
-    """All of it. resolution: the smallest false positive rate that the rows can tell."""
+    """All of it. scores: method -> attack -> (S, A); inside (A, G) bool: who is of which group.
+    by_class: its members and others. resolution: the smallest false positive rate that the rows
+    can tell."""
 
     protocol: str
     main: str
     methods: list[Audited]
+    scores: dict[str, dict[str, np.ndarray]]
+    inside: np.ndarray
     rows: list[Row]
-    groups: list[GroupAuc]
-    gaps: list[Gap]
+    groups: list[Group]
+    gaps: list[Gaps]
     distances: list[Distance]
-    figures: list[Figure]
+    by_class: dict[str, tuple[int, int]]
     num_members: int
     num_others: int
 
@@ -108,43 +117,44 @@ def audit(case: Case, result: StudyResult) -> Audit | None:
     main = MAIN[protocol]
     scores = {each.label: attacks(each, protocol) for each in methods}
     table = [
-        _row(case, each, name, values)
+        _row(each.label, name, [_attack(case, row, each.member) for row in values])
         for each in methods
         for name, values in scores[each.label].items()
     ]
     member = methods[0].member
-    groups = [
-        _group(case, methods, scores, main, rows.groups[:, g], name)
-        for g, name in enumerate(case.names)
-    ]
-    settings = {"minimum": case.settings["minimum"]}
+    groups = _groups(case, methods, scores, main, rows)
+    settings = {"minimum": case.settings["minimum"], "targets": RATES}
     gaps = [
-        Gap(
+        Gaps(
             each.label,
-            membership.auc_gap(scores[each.label][main].mean(0), member, rows.groups, **settings),
+            membership.gaps(scores[each.label][main].mean(0), member, rows.groups, **settings),
         )
         for each in methods
     ]
-    counts = (int(member.sum()), int((~member).sum()))
-    drawn = [_curves(case, methods, scores, main)]
-    drawn += _curves_by_group(case, methods, scores, main, rows.groups)
     apart = _distances(case, methods, scores, main)
-    return Audit(protocol, main, methods, table, groups, gaps, apart, drawn, *counts)
+    by_class = {
+        name: tuple(int((rows.labels[part] == place).sum()) for part in (member, ~member))
+        for place, name in enumerate(case.grid.study["classes"])
+    }
+    counts = (int(member.sum()), int((~member).sum()))
+    facts = (methods, scores, rows.groups, table, groups, gaps, apart, by_class)
+    return Audit(protocol, main, *facts, *counts)
 
 
 def table_csv(found: Audit) -> str:
     """Every number of the audit, a line each; groups are of the main attack."""
     names = ["auc", "best balanced accuracy", *(f"tpr at {rate:g}" for rate in RATES)]
     counts = (found.num_members, found.num_others)
-    lines = [
-        (row.label, row.attack, "", name, *counts, cell)
-        for row in found.rows
-        for name, cell in zip(names, (row.auc, row.accuracy, *row.rates))
-    ]
-    lines += [
-        (label, found.main, group.name, "auc", group.members, group.others, cell)
+    rows = [("", *counts, row) for row in found.rows]
+    rows += [
+        (group.name, group.members, group.others, row)
         for group in found.groups
-        for label, cell in group.cells.items()
+        for row in group.rows.values()
+    ]
+    lines = [
+        (row.label, row.attack, group, name, *sizes, cell)
+        for group, *sizes, row in rows
+        for name, cell in zip(names, (row.auc, row.accuracy, *row.rates))
     ]
     lines += [
         (f"{each.label} - {each.other}", found.main, "", "auc difference", *counts, each.found)
@@ -211,17 +221,18 @@ def _audited(case: Case, result: StudyResult, label: str) -> Audited | None:
         stacked(membership.log_likelihood, shadows, "validation"),
         targets[0].arrays[f"{POOL}/inside"],
         np.stack([run.arrays[f"{POOL}/inside"] for run in shadows], 1),
+        (shadows[0].record.get("audit") or {}).get("trained_on"),
     )
 
 
-def _row(case: Case, each: Audited, name: str, scores: np.ndarray) -> Row:
-    found = [_attack(case, row, each.member) for row in scores]
+def _row(label: str, name: str, found: list[membership.Attack]) -> Row:
+    """Means over seeds."""
     rates = tuple(
         _mean([(a.at[i].rate, a.at[i].low, a.at[i].high) for a in found], found[0].at[i].reason)
         for i in range(len(RATES))
     )
     return Row(
-        each.label,
+        label,
         name,
         _mean([(a.auc, a.low, a.high) for a in found], found[0].reason),
         _mean([(a.balanced_accuracy, np.nan, np.nan) for a in found], found[0].reason),
@@ -234,17 +245,31 @@ def _attack(case: Case, scores: np.ndarray, member: np.ndarray) -> membership.At
     return membership.attack(scores, member, targets=RATES, **settings)
 
 
-def _mean(values: list[tuple[float, float, float]], reason: str, n: int = 0) -> Cell:
-    return Cell(*(float(x) for x in np.mean(values, axis=0)), n, reason)
+def _mean(values: list[tuple[float, float, float]], reason: str) -> Cell:
+    return Cell(*(float(x) for x in np.mean(values, axis=0)), 0, reason)
 
 
-def _group(case: Case, methods, scores, main: str, inside: np.ndarray, name: str) -> GroupAuc:
-    member, cells = methods[0].member, {}
-    for each in methods:
-        found = [_attack(case, row[inside], member[inside]) for row in scores[each.label][main]]
-        values = [(a.auc, a.low, a.high) for a in found]
-        cells[each.label] = _mean(values, found[0].reason, int(inside.sum()))
-    return GroupAuc(name, int((inside & member).sum()), int((inside & ~member).sum()), cells)
+def _groups(case: Case, methods: list[Audited], scores: dict, main: str, rows: Rows) -> list[Group]:
+    """The main attack on each method inside every group."""
+    member = methods[0].member
+    settings = {name: case.settings[name] for name in ("level", "minimum")} | {"targets": RATES}
+    by_seed = {
+        each.label: [
+            membership.by_group(row, member, rows.groups, **settings)
+            for row in scores[each.label][main]
+        ]
+        for each in methods
+    }
+    found = []
+    for g, name in enumerate(case.names):
+        inside = rows.groups[:, g]
+        counts = (int((inside & member).sum()), int((inside & ~member).sum()))
+        table = {
+            label: _row(label, main, [each[g] for each in seeds])
+            for label, seeds in by_seed.items()
+        }
+        found.append(Group(name, *counts, table))
+    return found
 
 
 def _distances(case: Case, methods: list[Audited], scores: dict, main: str) -> list[Distance]:
@@ -264,93 +289,3 @@ def _distances(case: Case, methods: list[Audited], scores: dict, main: str) -> l
             gap = ranking.compare(*parts, each.member, level=level)
             found.append(Distance(each.label, full.label, tuple(common), gap))
     return found
-
-
-def _curves(case: Case, methods: list[Audited], scores: dict, main: str) -> Figure:
-    colors = _colors(case)
-    panels = [
-        _roc_panel(
-            f"{each.label}: {each.inside.shape[1]} shadows",
-            each.member,
-            {
-                "loss threshold": (scores[each.label]["loss threshold"], COLORS["muted"], 0.6),
-                main: (scores[each.label][main], colors[each.label], 1.3),
-            },
-        )
-        for each in methods
-    ]
-    caption = (
-        "True against false positive rate, both on log axes, every target a line; the dashed"
-        " diagonal is guessing. Left of the vertical line a false positive rate cannot be told:"
-        " it is one non-member. Thick: the main attack; thin: the loss threshold."
-    )
-    keys = [Key("low", "━", main), Key("muted", "━", "loss threshold")]
-    return Figure("audit-curves", "Attacks at low false positive rates", caption, panels, keys)
-
-
-def _curves_by_group(
-    case: Case, methods: list[Audited], scores: dict, main: str, groups: np.ndarray
-) -> list[Figure]:
-    """The main attack inside every group with enough members and others, largest group first."""
-    member, minimum, colors = methods[0].member, case.settings["minimum"], _colors(case)
-    counts = np.stack([groups[part].sum(0) for part in (member, ~member)])
-    order = np.argsort(-counts.min(0), kind="stable")
-    panels = []
-    for g in order[counts.min(0)[order] >= minimum]:
-        inside = groups[:, g]
-        lines = {
-            each.label: (scores[each.label][main][:, inside], colors[each.label], 1.0)
-            for each in methods
-        }
-        title = f"{case.names[g]}: {counts[0, g]} members, {counts[1, g]} others"
-        panels.append(_roc_panel(title, member[inside], lines))
-    if not panels:
-        return []
-    caption = (
-        f"{main} inside each group with {minimum} members and others, as above: every target a"
-        " line. Left of a panel's vertical line is less than one of its non-members."
-    )
-    roles_of = {label: COLOR_OF[role] for role, label in roles(case).items()}
-    keys = [Key(roles_of.get(each.label, "low"), "━", each.label) for each in methods]
-    return [Figure("audit-groups", "Attacks by group", caption, panels, keys)]
-
-
-def _colors(case: Case) -> dict[str, str]:
-    """Of every method: that of its role, if it has one."""
-    shown = {label: role for role, label in roles(case).items()}
-    return {label: COLORS[COLOR_OF.get(shown.get(label), "low")] for label in case.outputs}
-
-
-def _roc_panel(title: str, member: np.ndarray, lines: dict) -> Panel:
-    """lines: name -> scores (S, A), colour, line width."""
-    least = 1 / (~member).sum()
-    floor = least / 2
-
-    def draw(axes) -> None:
-        axes.plot([floor, 1], [floor, 1], color=COLORS["muted"], lw=0.8, ls=(0, (2, 2)))
-        axes.axvline(least, color=COLORS["muted"], lw=0.8)
-        for scores, color, width in lines.values():
-            for row in scores:
-                kept = ~np.isnan(row)
-                curve = membership.roc(row[kept], member[kept])
-                x, y = (
-                    np.maximum(part, floor)
-                    for part in (curve.false_positive_rate, curve.true_positive_rate)
-                )
-                axes.step(x, y, where="post", color=color, lw=width, alpha=0.8)
-        axes.set_xscale("log")
-        axes.set_yscale("log")
-        axes.set_xlim(floor, 1.1)
-        axes.set_ylim(floor, 1.1)
-        axes.set_xlabel("false positive rate")
-        axes.set_ylabel("true positive rate")
-
-    said = [
-        f"{name}, AUC {', '.join(f'{_auc(row, member):.3f}' for row in scores)}"
-        for name, (scores, _, _) in lines.items()
-    ]
-    return panel(title, "; ".join(said), draw, 3.2, 2.8)
-
-
-def _auc(scores: np.ndarray, member: np.ndarray) -> float:
-    return membership.attack(scores, member, targets=()).auc

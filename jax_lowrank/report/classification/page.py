@@ -15,6 +15,7 @@ from jax_lowrank.report.classification import (
     figures,
     membership,
     numbers,
+    rocs,
     scores,
 )
 from jax_lowrank.report.classification.numbers import RATES, TITLES, Case
@@ -77,6 +78,7 @@ def render(case: Case, found: list[Claim], audit: membership.Audit | None = None
             groups=groups,
             worth=worth,
             audit=audit,
+            audit_figures=rocs.all_figures(case, audit) if audit else [],
             false_positive_rates=membership.RATES,
             score_titles=scores.TITLES,
             roles=figures.roles(case),
