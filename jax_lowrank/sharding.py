@@ -304,16 +304,18 @@ def fetch(tree):
 
 def pin(mesh: Mesh | None) -> Callable[[Array, tuple[str | None, ...]], Array]:
     """(x, names of its dimensions) -> x kept on the mesh: `rows` over data and fsdp, `heads` over
-    tensor; a dimension that does not divide is whole.
+    tensor, `data` and `fsdp` over themselves; a dimension that does not divide is whole.
     """
     if mesh is None:
         return lambda x, names: x
-    axes = {"rows": _used(ROWS, mesh), "heads": _used(("tensor",), mesh), None: None}
-    sizes = {"rows": row_shards(mesh), "heads": mesh.shape["tensor"], None: 1}
+    axes = {"rows": ROWS, "heads": ("tensor",), "data": ("data",), "fsdp": ("fsdp",), None: ()}
 
     def kept(x, names):
         spec = [
-            axes[name] if size % sizes[name] == 0 else None for name, size in zip(names, x.shape)
+            _used(axes[name], mesh)
+            if size % math.prod(mesh.shape[a] for a in axes[name]) == 0
+            else None
+            for name, size in zip(names, x.shape)
         ]
         return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*spec)))
 

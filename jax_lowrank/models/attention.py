@@ -15,6 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 Array = jax.Array
 
+ROWS = ("rows", None, None)  # dimensions of the residual stream
 SAVED = "saved"  # name of the arrays that are stored for the backward pass, see `stack.REMATS`
 
 
@@ -26,12 +27,21 @@ def saved(x: Array) -> Array:
 class Layout(NamedTuple):
     """What a model knows of the devices it runs on; as it stands, one device.
 
-    pin(x, names): x, kept where the names of its dimensions say: "rows" (of the batch), "heads" or
-      None. row_shards: into how many equal parts the rows of a batch are cut.
+    pin(x, names): x, kept where the names of its dimensions say: "rows" (of the batch), "heads",
+      "data", "fsdp" or None. row_shards: into how many equal parts the rows of a batch are cut.
     """
 
     pin: Callable[[Array, tuple[str | None, ...]], Array] = lambda x, names: x
     row_shards: int = 1
+
+    def look_up(self, table: Callable[[Array], Array], ids: Array) -> Array:
+        """Rows (B, S, D) of an Embedding, whose columns fsdp cuts as it does rows of the batch.
+
+        Every device reads its columns for the rows of all that share them; then rows and columns
+        change places. Left to itself, XLA gives every device all rows and columns on the way.
+        """
+        x = self.pin(table(self.pin(ids, ("data", None))), ("data", None, "fsdp"))
+        return self.pin(x, ROWS)
 
 
 class Rule(NamedTuple):

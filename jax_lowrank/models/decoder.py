@@ -59,11 +59,11 @@ class Decoder(nnx.Module):
     ) -> tuple[Array, Array, Cache | None]:
         """Residual stream after the last block (B, S, D), before each block (L, B, S, D), cache."""
         context, cache = make_context(tokens, mask, cache, self.window, key, segments)
-        x = self.embed(tokens)
+        x = self.layout.look_up(self.embed, tokens)
         if self.project_in is not None:
             x = self.project_in(x, key)
         if self.position is not None:
-            x = x + self.position(context.positions)
+            x = x + self.layout.look_up(self.position, context.positions)
         return scan_layers(self.blocks, x, context, cache, remat=self.remat, layout=self.layout)
 
     def final(self, x: Array, key: Array | None = None) -> Array:

@@ -68,12 +68,13 @@ class Encoder(nnx.Module):
     ) -> tuple[Array, Array]:
         """What leaves the last block (B, S, D), and what enters each block (L, B, S, D)."""
         context, _ = make_context(tokens, mask, None, None, key, segments, causal=False)
-        x = self.embed(tokens)
+        look_up = self.layout.look_up
+        x = look_up(self.embed, tokens)
         if self.types is not None:
-            x = x + self.types(jnp.zeros_like(tokens) if types is None else types)
+            x = x + look_up(self.types, jnp.zeros_like(tokens) if types is None else types)
         elif types is not None:
             raise ValueError("the model has no token types")
-        x = self.norm(x + self.position(context.positions + self.first_position))
+        x = self.norm(x + look_up(self.position, context.positions + self.first_position))
         x, before, _ = scan_layers(
             self.blocks, x, context, None, remat=self.remat, layout=self.layout
         )

@@ -11,10 +11,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jax_lowrank.models.attention import SAVED, Cache, Context, Layout
+from jax_lowrank.models.attention import ROWS, SAVED, Cache, Context, Layout
 from jax_lowrank.models.layers import Array, Linear
-
-ROWS = ("rows", None, None)  # dimensions of the residual stream
 
 # What a layer keeps for its backward pass beside its input; the rest is computed again. Less is
 # kept from row to row, and more computed. Every policy gives the same numbers.
