@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,7 +37,11 @@ class Adapted(NamedTuple):
 
 
 def load(
-    directory: Path, base: str | None = None, dtype=jnp.float32, key: jax.Array | None = None
+    directory: Path,
+    base: str | None = None,
+    dtype=jnp.float32,
+    key: jax.Array | None = None,
+    where: Callable | None = None,
 ) -> Adapted:
     """The PEFT adapter in a directory beside its base model, ready to run or to train on.
 
@@ -46,6 +50,8 @@ def load(
       base: the base model; None for the one that the adapter names.
       dtype: of the base.
       key: for what the base lacks and the adapter does not bring either.
+      where: of the base's parameters on several devices, as in `models.load`; what is trained comes
+        as it is made, for `sharding.put`.
     """
     files = peft_format.read(directory)
     base = base or files.config.get("base_model_name_or_path")
@@ -53,7 +59,7 @@ def load(
         raise peft_format.PeftError(f"{directory} names no base model; give one")
     place = models.weights.resolve(base, files.config.get("revision") or "main")
     key = jax.random.key(0) if key is None else key
-    model = models.load(place, dtype, head=head_of(files, place), key=key)
+    model = models.load(place, dtype, head_of(files, place), key, where)
     options, arrays = peft_format.from_peft(
         files, rows_of(model), shapes_of(model), model.head_paths
     )

@@ -53,7 +53,7 @@ def start(
     """The split model that training begins with.
 
     directory: of a checkpoint, or of a PEFT adapter that is trained on: then its method is in the
-    spec that comes back. Its base is read whole before it is spread over the mesh.
+    spec that comes back.
     """
     dtype, fresh = param_dtype(spec.model.dtype), jax.random.fold_in(key, 1)
     if not adapters.is_adapter(directory):
@@ -62,7 +62,7 @@ def start(
         graphdef, *parts = method.split(key, model)
         parts = sharding.put(parts, mesh)
         return spec, Start(_shapes(model), directory, method, graphdef, *parts, None)
-    lora_spec, found = goes_on(directory, spec.method, head, dtype, fresh)
+    lora_spec, found = goes_on(directory, spec.method, head, dtype, fresh, sharding.where(mesh))
     method = METHODS["lora"](**lora_spec.options())
     hashed = provenance.hash_files(directory, "adapter_config.json")
     graphdef, *parts = found.parts
@@ -77,7 +77,12 @@ def _shapes(model: models.Model) -> models.Model:
 
 
 def goes_on(
-    directory: Path, given: MethodSpec, head: Head, dtype, key: jax.Array
+    directory: Path,
+    given: MethodSpec,
+    head: Head,
+    dtype,
+    key: jax.Array,
+    where: Callable | None,
 ) -> tuple[MethodSpec, adapters.Adapted]:
     """The PEFT adapter in a directory to train on, and its method with the given learning rate.
 
@@ -90,7 +95,7 @@ def goes_on(
         f"{directory} is an adapter, which brings rank, alpha, targets and the like; only"
         " --learning-rate and --method.plus-ratio can be set",
     )
-    found = adapters.load(directory, dtype=dtype, key=key)
+    found = adapters.load(directory, dtype=dtype, key=key, where=where)
     theirs = found.base.head
     require(
         theirs.kind == head.kind and len(theirs.labels) == len(head.labels),

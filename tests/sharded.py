@@ -7,19 +7,24 @@ CASE: FIXTURE:METHOD[:DTYPE[:MESH+MESH...]]. Each takes 5 optimizer steps, in tw
 mesh of MESHES or on those; losses, parameters and bytes go to OUT.json.
 """
 
+import contextlib
 import json
+import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import conftest  # noqa: F401  (strict JAX, as in every test)
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tiny import folder_of
+from tiny import FIXTURES, folder_of
 
-from jax_lowrank import data, masking, models, sharding, train
+from jax_lowrank import data, masking, models, sharding, starting, train
 from jax_lowrank.adapt import METHODS
 from jax_lowrank.config import TrainSpec
+from jax_lowrank.config_run import FinetuneSpec
 from jax_lowrank.models.head import Head
 from jax_lowrank.study.training import make_program
 
@@ -59,18 +64,49 @@ def batches(number_of_rows, kind, mesh):
     return rows
 
 
+class Slices:
+    """A tensor of a safetensors file; how many elements each part has that is read goes to `read`.
+
+    There is no other way in: who asks for the whole tensor reads it as one part.
+    """
+
+    def __init__(self, inner, read):
+        self.inner, self.read, self.get_shape = inner, read, inner.get_shape
+
+    def __getitem__(self, index):
+        part = self.inner[index]
+        self.read.append(part.size)
+        return part
+
+
+@contextlib.contextmanager
+def watched(read):
+    """Weights that are read within it are noted: name of a tensor -> sizes of the parts."""
+    opened = models.weights._open
+
+    @contextlib.contextmanager
+    def watch(file):
+        with opened(file) as handle:
+
+            def get_slice(name):
+                return Slices(handle.get_slice(name), read.setdefault(name, []))
+
+            yield SimpleNamespace(keys=handle.keys, get_slice=get_slice)
+
+    with mock.patch.object(models.weights, "_open", watch):
+        yield
+
+
 def trained(fixture, method_name, sizes, dtype="float32", accumulate=1):
     """What 5 steps on a mesh give, as plain numbers."""
     mesh = sharding.make_mesh(*sizes)
     labelled = method_name == "head" or fixture.endswith("classification")
     head = Head("classification", ("no", "yes")) if labelled else None  # else the checkpoint's own
-    model = models.load(
-        folder_of(fixture.replace("classification", "embedding")),
-        jnp.dtype(dtype),
-        head,
-        jax.random.key(1),
-        where=sharding.where(mesh),
-    )
+    folder, parts = folder_of(fixture.replace("classification", "embedding")), {}
+    with watched(parts):
+        model = models.load(
+            folder, jnp.dtype(dtype), head, jax.random.key(1), where=sharding.where(mesh)
+        )
     method = METHODS[method_name.replace("dora", "lora")](**OPTIONS.get(method_name, {}))
     graphdef, trainable, frozen = method.split(jax.random.key(0), model)
     trainable, frozen = sharding.put((trainable, frozen), mesh)
@@ -110,12 +146,29 @@ def trained(fixture, method_name, sizes, dtype="float32", accumulate=1):
         "parameter_bytes": device_bytes((trainable, frozen)),
         "all_parameter_bytes": sum(x.nbytes for x in jax.tree.leaves((trainable, frozen))),
         "bytes_read": read,
+        "weights_read": parts,
         "moved": [
             f"{path}: {before[path]} -> {after}"
             for path, after in placement((trainable, opt_state)).items()
             if after != before[path]
         ],
         "merged": {path: float(np.abs(x).astype(np.float64).mean()) for path, x in merged.items()},
+    }
+
+
+def going_on(folder, mesh):
+    """Training that begins with a PEFT adapter: how its base is read and where it lies."""
+    shutil.copytree(FIXTURES.parent / "adapters" / "gpt2_patterns", folder)
+    file, parts = folder / "adapter_config.json", {}
+    config = json.loads(file.read_text()) | {"base_model_name_or_path": str(folder_of("gpt2"))}
+    file.write_text(json.dumps(config))
+    with watched(parts):
+        spec, head, key = FinetuneSpec(), Head("causal-lm"), jax.random.key(0)
+        _, started = starting.start(spec, folder, head, key, mesh)
+    return {
+        "weights_read": parts,
+        "parameter_bytes": device_bytes((started.trainable, started.frozen)),
+        "all_parameter_bytes": sum(x.nbytes for x in jax.tree.leaves(started.parts[1:])),
     }
 
 
@@ -143,6 +196,9 @@ def main(out, *arguments):
         jax.distributed.initialize(address, int(count), int(number))
         meshes = {"fsdp": (1, 2, 1), "data": (2, 1, 1)}
     found = {}
+    if jax.process_count() > 1:
+        mesh = sharding.make_mesh(*meshes["fsdp"])
+        found["adapter"] = going_on(Path(out).with_suffix(".adapter"), mesh)
     for case in cases:
         fixture, method, *rest = case.split(":")
         dtype, names = [*rest, *("float32", "+".join(meshes))[len(rest) :]]

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from test_study import CONFIG
 
+from jax_lowrank import provenance
 from jax_lowrank.config import ConfigError, MeshSpec
 from jax_lowrank.study import audit
 
@@ -60,7 +61,8 @@ def test_an_audit_on_two_devices(tmp_path, forks):
     assert command.wait() == 0, command.said()
     content = json.loads((tmp_path / "out" / "audit.json").read_text())
     trials = [audit.Trial(**trial) for trial in content["trials"]]
-    assert content["environment"]["num_devices"] == 2
+    environment = content["environment"]
+    assert environment["num_devices"] == 2 and environment["device"] == provenance.cpu_name()
     places = [(trial.mesh, trial.seed) for trial in trials]
     names = list(audit.meshes(2))
     assert places == [(names[0], 1), (names[0], 2), *((name, 1) for name in names[1:])]

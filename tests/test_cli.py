@@ -211,3 +211,44 @@ def test_one_run_as_a_real_process(folder):
     with np.load(folder / "made" / "run" / "predictions.npz") as stored:
         assert stored["validation/logits"].shape == (4, 2)
         assert stored["validation/ids"][0].startswith("labelled.jsonl:")
+
+
+@pytest.mark.slow
+def test_rows_that_eight_devices_do_not_divide(folder, forks, tmp_path):
+    eight = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    held_out = jsonl(tmp_path / "three.jsonl", tiny_text.labelled(43)[40:])
+    line = f"finetune --model {folder}/plain --data {folder}/labelled.jsonl --epochs 1"
+    line = [*line.split(), "--validation", held_out, "--max-length", 16, "--learning-rate", 1e-2]
+    refused = forks.start("jax_lowrank.cli", *line, "--batch-size", 3, **eight)
+    assert refused.wait() == 2 and not refused.printed()
+    assert refused.said() == (
+        "jax-lowrank: train.batch_size 3 cannot be split over 8 devices"
+        " (data 1 x fsdp 8 x tensor 1); use 8\n"
+    )
+    # Three rows are measured all the same, before training and after it.
+    found = {}
+    for name, flags in (("one", {}), ("eight", eight)):
+        out = tmp_path / name
+        run = forks.start("jax_lowrank.cli", *line, "--batch-size", 16, "--out", out, **flags)
+        assert run.wait() == 0, run.said()
+        record, log = ((out / file).read_text() for file in ("record.json", "log.jsonl"))
+        with np.load(out / "predictions.npz") as stored:
+            found[name] = json.loads(record), list(map(json.loads, log.splitlines())), dict(stored)
+    (record, log, one), (meshed, other_log, other) = found.values()
+    assert len(one["validation/ids"]) == 3
+    for key, values in one.items():
+        if values.dtype.kind == "f":
+            np.testing.assert_allclose(other[key], values, rtol=1e-3, atol=1e-4, err_msg=key)
+        else:
+            np.testing.assert_array_equal(other[key], values)
+    validations = [
+        [line["validation_loss"] for line in lines if "validation_loss" in line]
+        for lines in (log, other_log)
+    ]
+    assert len(validations[0]) == 2
+    np.testing.assert_allclose(*validations, rtol=1e-4)
+    environment = meshed["environment"]
+    assert environment["mesh"] == {"data": 1, "fsdp": 8, "tensor": 1}
+    assert environment["device_order"] == list(range(8)) and environment["num_devices"] == 8
+    assert record["environment"]["device_order"] == [0]
+    assert environment["device"] == record["environment"]["device"]

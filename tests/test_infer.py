@@ -1,6 +1,9 @@
-"""Sampling against brute force, and likelihoods and lenses against PyTorch's numbers."""
+"""Sampling against brute force, likelihoods and lenses against PyTorch's numbers, and both on 8
+devices against one.
+"""
 
 import functools
+import json
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +11,7 @@ import numpy as np
 import pytest
 from scipy.special import log_softmax, softmax
 from scipy.stats import chi2
+from test_sharding import finish, start
 from tiny import apply_of, assert_close, model_of, oracle_of
 
 from jax_lowrank import infer
@@ -192,3 +196,34 @@ def test_next_token_and_lens(name):
             table = tensors["lm_head.weight"]
         mass = softmax(x @ table.T, axis=-1)[:, words].sum(-1)
         np.testing.assert_allclose(out.lens_mass[:2, layer], mass, rtol=1e-4)
+
+
+# L, B, K, T, N of 8 rows of 6 + 8 tokens on one device; a mixed mesh cuts rows by 4 and heads by 2.
+CACHES = {"gpt2": [2, 8, 4, 14, 8], "llama_bias": [2, 8, 2, 14, 6]}
+
+
+@pytest.mark.slow
+def test_eight_devices_answer_as_one(tmp_path):
+    fixtures = (*CACHES, "roberta_masked-lm", "distilbert_classification")
+    finish(start(tmp_path / "out.json", *fixtures, script="asked.py"))
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert set(found) == set(fixtures)
+    for fixture, runs in found.items():
+        one = runs.pop("one")
+        caches = {name: run.pop("cache", None) for name, run in runs.items()}
+        if fixture in CACHES:
+            layers, rows, heads, slots, width = whole = CACHES[fixture]
+            assert one.pop("cache") == [whole]
+            assert caches == {
+                "fsdp": [[layers, rows // 8, heads, slots, width]],
+                "mixed": [[layers, rows // 4, heads // 2, slots, width]],
+            }
+        assert {len(x) for x in one.values()} == {3, 11}  # no row is dropped
+        for name, run in runs.items():
+            assert run.keys() == one.keys()
+            for asked, values in run.items():
+                exact = asked.startswith(("text", "tokens"))
+                close = {"rtol": 0, "atol": 0} if exact else {"rtol": 1e-5, "atol": 1e-5}
+                np.testing.assert_allclose(
+                    values, one[asked], **close, err_msg=f"{fixture} {name} {asked}"
+                )

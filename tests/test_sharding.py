@@ -1,6 +1,7 @@
 """Sharding: the same numbers on every mesh, memory really shared, clear errors."""
 
 import json
+import math
 import os
 import socket
 import subprocess
@@ -50,14 +51,14 @@ TOLERANCE = {"float32": 2e-5, "bfloat16": 2e-2}
 OWN_TOLERANCE = {"opt:lora": 1e-4, "opt:bitfit": 1e-4}  # ReLU has a kink; 2.2e-5 was seen
 
 
-def start(out, *arguments, flags=EIGHT):
-    """tests/sharded.py in a process of its own."""
+def start(out, *arguments, flags=EIGHT, script="sharded.py"):
+    """A script of tests/ in a process of its own."""
     cache = {
         "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir or "",
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
     environment = {**os.environ, **flags, **cache, "PYTHONPATH": str(HERE.parent)}
-    command = [sys.executable, str(HERE / "sharded.py"), str(out), *arguments]
+    command = [sys.executable, str(HERE / script), str(out), *arguments]
     return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
 
 
@@ -83,6 +84,13 @@ def check(case, runs):
             assert value == pytest.approx(wanted, rel=100 * tolerance, abs=1e-6), (name, path)
         assert run["compilations"] == 1, (name, run["moved"])
         assert run["all_optimizer_bytes"] == one["all_optimizer_bytes"]
+        # Every weight was read once, on fsdp in eighths.
+        read, whole = run["weights_read"], one["weights_read"]
+        assert {path: sum(parts) for path, parts in read.items()} == {
+            path: sum(parts) for path, parts in whole.items()
+        }
+        if name == "fsdp":
+            assert max(map(max, read.values())) == max(map(max, whole.values())) / 8
     for kind in ("optimizer", "parameter"):
         total = one[f"all_{kind}_bytes"]
         share = {name: run[f"{kind}_bytes"] / total for name, run in runs.items()}
@@ -129,7 +137,8 @@ def test_two_processes_give_what_one_gives(tmp_path):
     one = trained("gpt2", "lora", MESHES["one"])
     for process in running:
         finish(process)
-    both = [json.loads((tmp_path / f"{n}.json").read_text())[case] for n in (0, 1)]
+    stored = [json.loads((tmp_path / f"{n}.json").read_text()) for n in (0, 1)]
+    both = [each[case] for each in stored]
     for name in ("fsdp", "data"):
         for run in (both[0][name], both[1][name]):
             np.testing.assert_allclose(run["losses"], one["losses"], rtol=TOLERANCE["float32"])
@@ -139,6 +148,21 @@ def test_two_processes_give_what_one_gives(tmp_path):
         for path, value in both[0][name]["merged"].items():
             assert value == pytest.approx(one["merged"][path], rel=2e-3, abs=1e-6), path
     assert both[0]["fsdp"]["parameter_bytes"] < 0.6 * one["all_parameter_bytes"]
+    for process in both:
+        check_reading(process["fsdp"]["weights_read"], folder_of("gpt2"), 2)
+        check_reading(process["data"]["weights_read"], folder_of("gpt2"), 1)
+    for adapter in (each["adapter"] for each in stored):
+        check_reading(adapter["weights_read"], folder_of("gpt2"), 2)
+        assert adapter["parameter_bytes"] < 0.6 * adapter["all_parameter_bytes"]
+
+
+def check_reading(read, folder, shards):
+    """One process read what lies on its device and no more: of every matrix one part in `shards`,
+    of norms and biases, which no axis cuts, all; and everything once.
+    """
+    for name, tensor in models.weights._tensors(folder).items():
+        cut = shards if len(tensor.shape) == 2 else 1
+        assert read[name] == [math.prod(tensor.shape) / cut], name
 
 
 def test_weights_are_read_part_by_part():
@@ -187,6 +211,20 @@ class Eight(NamedTuple):
 
 
 MESH = Eight({"data": 2, "fsdp": 2, "tensor": 2})
+
+
+def test_a_record_says_mesh_and_device_order():
+    def laid(*order):
+        devices = np.array([SimpleNamespace(id=n) for n in order]).reshape(1, 2, 2)
+        return SimpleNamespace(shape={"data": 1, "fsdp": 2, "tensor": 2}, devices=devices)
+
+    found = sharding.describe(laid(0, 1, 3, 2))
+    assert found == {"mesh": {"data": 1, "fsdp": 2, "tensor": 2}, "device_order": [0, 1, 3, 2]}
+    assert found != sharding.describe(laid(0, 1, 2, 3))
+    assert sharding.describe(None) == {
+        "mesh": {"data": 1, "fsdp": 1, "tensor": 1},
+        "device_order": [jax.devices()[0].id],
+    }
 
 
 def test_rows_that_do_not_divide_are_refused_with_the_nearest_that_do():
