@@ -2,7 +2,10 @@
 
     python tests/estimated.py OUT.json CASE ...                (8 virtual CPU devices by XLA_FLAGS)
 
-CASE: MODEL:METHOD:REMAT:DTYPE:MESH, of SIZES, config.METHODS, memory.PLANNED and MESHES.
+CASE: MODEL:METHOD:REMAT:DTYPE:MESH, of SIZES, METHODS, memory.PLANNED and MESHES. Seen with jaxlib
+0.10.2 and not within a tenth (estimate over XLA): GPT-2 on the mixed mesh (LoRA 0.88, full 0.90)
+and an encoder's full fine-tuning at remat=full (0.89), both by 3 MB that are not found yet; and a
+bfloat16 base (0.45 to 0.48), which XLA computes with in float32 on CPU.
 """
 
 import json
@@ -21,7 +24,7 @@ from jax_lowrank.study.training import bind_to
 
 ROWS, WIDTH = 8, 128
 MESHES = {"one": (1, 1, 1), "data": (8, 1, 1), "fsdp": (1, 8, 1), "mixed": (2, 2, 2)}
-MESHES |= {"tensor": (1, 1, 8), "four": (1, 4, 1), "pair": (1, 1, 2)}
+MESHES |= {"pair": (1, 1, 2)}
 COMMON = {"vocab_size": 512, "num_hidden_layers": 4, "hidden_size": 128, "num_attention_heads": 4}
 SIZES = {
     "llama": {
