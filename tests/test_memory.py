@@ -92,9 +92,8 @@ def test_estimates_by_method_and_policy(family, name):
 
 # Several devices, and an encoder that classifies. What is not here: see `estimated.py`.
 OTHERS = (
-    *("llama:lora:dots:float32:data", "llama:lora:dots:float32:fsdp"),
-    *("llama:full:dots:float32:fsdp", "gpt2:lora:dots:float32:fsdp"),
-    *("gpt2:full:dots:float32:fsdp", "llama:lora:dots:float32:mixed"),
+    *("llama:lora:dots:float32:fsdp", "llama:full:dots:float32:fsdp"),
+    *("gpt2:lora:dots:float32:fsdp", "llama:lora:dots:float32:mixed"),
     *("llama:full:dots:float32:mixed", "bert:lora:dots:float32:one"),
     *("bert:full:dots:float32:one", "bert:full:none:float32:one"),
 )
