@@ -2,19 +2,22 @@
 
     python tests/swept.py OUT.json                             (8 virtual CPU devices by XLA_FLAGS)
 
-Six cells, two of them in other seeds, against the single runs of the first three on one device.
+Six cells, two of them in other seeds, against the single runs of the first three on one device; and
+the same stopped in the middle and gone on with, against itself.
 """
 
 import json
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import conftest  # noqa: F401  (strict JAX, as in every test)
 import jax
 from test_sweep import MIXED, alone, cell_of, corpus, differences, falling, program
-from tiny import model_of
+from tiny import model_of, same_bytes
 
 from jax_lowrank import sharding, sweep, train
+from jax_lowrank.checkpoint import Checkpoints, Interrupted
 from jax_lowrank.sweep import score, step
 
 STEPS = 12
@@ -46,7 +49,53 @@ def main() -> None:
     singles = [alone(cell, loss, corpus()) for cell in cells[:3]]
     apart = [differences(*each) for each in zip(singles, found, lines)]
     out = {"apart": apart, "held": held, "scores": scores, "compiled": step.run_cells._cache_size()}
+    again, told = stopped(cells, mesh)
+    pairs = list(zip(again, found, strict=True))
+    out["resumed_at"] = [one.resumed_at for one in again]
+    out["same"] = [same_bytes(one.trainable, other.trainable) for one, other in pairs]
+    out["lines"] = [
+        [[line.get(name) for line in each] for name in ("step", "loss", "gradient_norm")]
+        for one in zip(told, lines)
+        for each in one
+    ]
+    out["compiled_again"] = step.run_cells._cache_size()
     Path(sys.argv[1]).write_text(json.dumps(out))
+
+
+class Asked(Checkpoints):
+    """Stops a sweep at the fifth step, once."""
+
+    left = 5
+
+    def due(self):
+        """Whether it is there."""
+        self.left -= 1
+        self.asked = self.left == 0
+        return self.asked
+
+
+def stopped(cells, mesh):
+    """The sweep, stopped after five steps, and the session that goes on: outcomes and lines."""
+    lines, sessions = [[] for _ in cells], 0
+    with TemporaryDirectory() as folder:
+        while True:
+            checkpoints = (Asked if sessions == 0 else Checkpoints)(Path(folder) / "pack", "f")
+            for each in lines:
+                each.clear()
+            fall = falling()
+            try:
+                return sweep.fit(
+                    program=program(train.causal_lm_loss),
+                    cells=cells,
+                    batches=corpus(),
+                    validate=lambda states: [fall(states)] * 8,  # noqa: B023
+                    log=lambda k, line: lines[k].append(line),
+                    steps_per_call=1,
+                    mesh=mesh,
+                    checkpoints=checkpoints,
+                ), lines
+            except Interrupted:
+                sessions += 1
 
 
 def parts(tree) -> list[list[int]]:

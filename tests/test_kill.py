@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 import tiny_text
 from test_study import CONFIG, outputs
+from test_study_packs import assert_same, write_config
 
 from jax_lowrank import results
+from jax_lowrank.study import packs
 
 SEEDS = {"save": range(6), "finalise": range(7, 11), "delete": range(12, 17), "run": range(18, 25)}
 
@@ -89,6 +91,40 @@ def test_four_workers_and_random_kills_do_every_run_once(tmp_path, forks):
     assert len(json.loads((out / "runs.json").read_text())) == 8
     assert not any((out / "checkpoints").iterdir()) and not list(out.rglob(".partial-*"))
     assert len(results.read_study(out).runs) == 8
+
+
+@pytest.mark.slow
+def test_a_shard_killed_in_the_middle_of_a_pack(tmp_path, forks):
+    """Two shards are two processes on one folder; one dies in a pack and is started again."""
+    config, out = write_config(tmp_path), tmp_path / "shards"
+    config.write_text(config.read_text().replace("epochs=2,", "epochs=2, checkpoint_seconds=0.0,"))
+
+    def worker(kill, folder, *flags):
+        return forks.start("killed_pack", kill, "study", config, "--out", folder, *flags)
+
+    whole = worker(0, tmp_path / "whole")
+    assert whole.wait() == 0, whole.said()
+    one, two = worker(2, out, "--shard", "0/2"), worker(0, out, "--shard", "1/2")
+    assert one.wait() == -signal.SIGKILL, one.said()
+    assert packs.begun(out), one.said()
+    again = worker(0, out, "--shard", "0/2")
+    assert (two.wait(), again.wait()) == (0, 0), two.said() + again.said()
+    expected, found = (results.read_study(folder).runs for folder in (tmp_path / "whole", out))
+    assert len(found) == 16 == len({run.record["fingerprint"] for run in found})
+    for run, other in zip(found, expected, strict=True):
+        assert_same(run, other)
+    assert any(run.record.get("resumed_at") for run in found)
+    logs = [each.said() for each in (one, two, again)]
+    ends = (": validation loss", ": test accuracy", ": diverged")
+    over = [
+        line.split(": ")[0]
+        for log in logs
+        for line in log.splitlines()
+        if "lr " in line and any(end in line for end in ends)
+    ]
+    assert len(over) == len(set(over)) == 15, over
+    assert not any((out / "checkpoints").iterdir()) and not list(out.rglob(".partial-*"))
+    assert len(json.loads((out / "runs.json").read_text())) == 16
 
 
 @pytest.fixture(scope="module")

@@ -353,6 +353,11 @@ def test_on_several_devices_each_holds_its_share_of_the_cells(tmp_path):
     assert np.max(found["apart"]) < RTOL, found["apart"]
     assert found["compiled"] == 1
     assert len(set(found["scores"][0])) == 1 and len(set(found["scores"][-1][:6])) == 6
+    # Stopped in the middle and gone on with on these devices, cells are the same bits.
+    assert found["resumed_at"] == [[5]] * 6 and found["same"] == [True] * 6
+    for again, once in zip(found["lines"][::2], found["lines"][1::2], strict=True):
+        assert again == once
+    assert found["compiled_again"] == 1
     for held in found["held"]:  # six cells and two copies
         assert all(part == [8, 1, 8] for part in held["trainable"] + held["own"])
         assert all(whole == here and num == 8 for whole, here, num in held["shared"])
