@@ -304,9 +304,11 @@ def lora(rank, *rates, **more):
     return MethodSpec("lora", rates or (1e-3,), rank=rank, **more)
 
 
-def sizes(prepared, steps, named, tokens=64, together=64):
+def sizes(prepared, steps, named, tokens=64, together=64, lanes=1):
     """Ranks of the members of each pack; together: tokens of a step of runs of several seeds."""
-    found = packs.Packing(prepared, tokens, steps, lambda runs: (tokens, together))(named)
+    packing = packs.Packing(prepared, tokens, steps, lambda runs: (tokens, together))
+    packing.lanes = lanes
+    found = packing(named)
     assert sorted(one.name for pack in found for one in pack) == sorted(n.name for n in named)
     return [[one.run.method.rank for one in pack] for pack in found]
 
@@ -356,6 +358,18 @@ def test_where_one_run_keeps_the_machine_busy_only_compilation_counts():
     assert sizes(prepared, long, named, tokens=512) == [[32], [2], [1]]
 
 
+def test_every_core_gets_a_member_of_a_pack(monkeypatch):
+    rates = (1e-2, 1e-3, 1e-4)
+    assert sizes(*of(lora(1, *rates)), tokens=512, lanes=2) == [[1, 1], [1]]
+    assert sizes(*of(lora(1, *rates)), tokens=512, lanes=16) == [[1] * 3]
+    seeds = of(lora(1), seeds=(1, 2))
+    assert sizes(*seeds, tokens=512, together=550, lanes=2) == [[1], [1]]  # what compiling costs
+    monkeypatch.setattr(packs, "COMPILING", 0)
+    assert sizes(*seeds, tokens=512, together=550, lanes=2) == [[1, 1]]
+    assert sizes(*seeds, tokens=512, together=650, lanes=2) == [[1], [1]]  # the widest batch of all
+    assert sizes(*seeds, tokens=512, together=512) == [[1], [1]]
+
+
 def test_packs_are_limited():
     rates = tuple(1e-3 * i for i in range(1, 21))
     assert sizes(*of(lora(1, *rates))) == [[1] * 10] * 2
@@ -374,6 +388,7 @@ def test_memory_limits_a_pack(monkeypatch):
     room = each.frozen + 4 * each.step + 4.5 * own  # 256 // 64 of them at a time
     monkeypatch.setattr(memory, "of_this_device", lambda: room / packs.SHARE)
     assert sizes(prepared, steps, named) == [[1] * 4] * 2
+    assert sizes(prepared, steps, named, lanes=2) == [[1] * 4] * 2  # all at once
     monkeypatch.setattr(memory, "of_this_device", lambda: 1)
     assert sizes(prepared, steps, named) == [[1]] * 8
     # Each of two devices computes all of its members at once.

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import NamedTuple
 
@@ -112,7 +113,7 @@ def program(loss):
     return sweep.make_program(cell_of(MIXED[0], model), loss)
 
 
-def together(cells, loss, batches, size, validate=None, made=None):
+def together(cells, loss, batches, plan=None, validate=None, made=None):
     """The sweep of the cells: outcomes, and each cell's lines."""
     lines, fall = [[] for _ in cells], falling()
     out = sweep.fit(
@@ -122,7 +123,7 @@ def together(cells, loss, batches, size, validate=None, made=None):
         validate=validate or (lambda state: [fall(state)] * len(cells)),
         log=lambda k, line: lines[k].append(line),
         steps_per_call=1,
-        size=size,
+        plan=step.Plan(*plan) if plan else None,
     )
     return out, lines
 
@@ -156,7 +157,7 @@ def mixed():
     cells = [cell_of(want, model_of("gpt2")) for want in MIXED]
     singles = [alone(cell, train.causal_lm_loss, corpus()) for cell in cells]
     before = step.run_cells._cache_size()
-    out = together(cells, train.causal_lm_loss, corpus(), 2)
+    out = together(cells, train.causal_lm_loss, corpus(), (1, 2))
     assert step.run_cells._cache_size() == before + 1
     return cells, singles, out
 
@@ -176,7 +177,7 @@ def test_what_fills_up_stays_zero_under_decay_clipping_and_dropout():
         return [0.0] * 3
 
     short = [c._replace(schedule=c.schedule._replace(num_steps=12)) for c in cells]
-    together(short, train.causal_lm_loss, corpus(), 2, validate)
+    together(short, train.causal_lm_loss, corpus(), (1, 2), validate)
     first, last = seen[0], seen[-1]
     for path, after in last.items():
         before = first[path]
@@ -191,7 +192,7 @@ def test_what_fills_up_stays_zero_under_decay_clipping_and_dropout():
 def test_a_cell_that_diverges_leaves_the_others_alone():
     cells, _, (out, lines) = mixed()
     wild = cells[0]._replace(schedule=cells[0].schedule._replace(peak=np.inf))
-    found, told = together([wild, *cells[1:]], train.causal_lm_loss, corpus(), 2)
+    found, told = together([wild, *cells[1:]], train.causal_lm_loss, corpus(), (1, 2))
     error = found[0]
     assert isinstance(error, train.DivergedError) and not np.isfinite(error.loss)
     assert error.step == 2 and told[0][-1]["step"] == 1
@@ -209,7 +210,7 @@ def test_every_cell_keeps_its_own_best_state():
         seen.append(jax.device_get(state.trainable))
         return next(losses)
 
-    out, _ = together(cells, train.causal_lm_loss, corpus(), 2, validate)
+    out, _ = together(cells, train.causal_lm_loss, corpus(), (1, 2), validate)
     assert [(o.best_step, o.validation_loss) for o in out[:2]] == [(10, 4.0), (40, 3.0)]
     assert isinstance(out[2], train.DivergedError) and out[2].step == 10
     wanted = models.by_path(seen[1])["blocks.attn.qkv.adapter.a"][0, :, :, :2]
@@ -222,10 +223,10 @@ def test_cells_that_cannot_share_a_program_are_refused():
     cells, _, _ = mixed()
     other = cell_of(MIXED[0], model_of("gpt2"), targets="attention")
     with pytest.raises(sweep.SweepError, match="cell 1 does not fit"):
-        together([cells[0], other], train.causal_lm_loss, corpus(), 1)
+        together([cells[0], other], train.causal_lm_loss, corpus())
     base = models.load(FIXTURES / "gpt2")
     with pytest.raises(sweep.SweepError, match="cell 1 has another base"):
-        together([cells[0], cell_of(MIXED[0], base)], train.causal_lm_loss, corpus(), 1)
+        together([cells[0], cell_of(MIXED[0], base)], train.causal_lm_loss, corpus())
     with pytest.raises(sweep.SweepError, match="epochs of 10 and of 20 steps"):
         longer = make_batches([[1, 2]] * 80, batch_size=4, seed=0, pad_id=0)
         sweep.OwnBatches([corpus(), longer])
@@ -281,7 +282,7 @@ def test_other_methods_and_options_equal_their_single_runs(case):
         return [fall(state)] * 2
 
     made = sweep.make_program(cells[0], loss)
-    out, lines = together(cells, loss, batches, 2, validate, made)
+    out, lines = together(cells, loss, batches, (1, 2), validate, made)
     for path, array in seen[-1].items():
         if path.endswith((".adapter.a", ".adapter.b")):  # what fills up the cell of rank 2
             ranks = array[0] if path.endswith("a") else array[0].swapaxes(-1, -2)
@@ -310,6 +311,30 @@ def parted(state):
     return rest, keys
 
 
+def test_lanes_get_equal_shares_in_order_and_a_thread_each():
+    def run(state, beside):
+        threads.append(threading.get_ident())
+        return state * beside["factor"], state.sum(1)
+
+    def inputs():
+        return jnp.arange(12.0).reshape(6, 2), {"factor": jnp.arange(6.0)[:, None]}
+
+    threads = []
+    whole = run(*inputs())
+    state, beside = inputs()
+    found = step.run_lanes(3, run, state, beside)
+    assert state.is_deleted()
+    for one, other in zip(found, whole, strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert threads[0] == threads[1] and len(set(threads)) in (2, 3)  # 3: of two calls, by two
+    assert threads[1] not in threads[2:]
+
+
+def test_a_plan_uses_every_core_and_no_more_than_there_are_cells():
+    plans = [step.plan(*sizes, 4) for sizes in ((1, 32), (3, 32), (8, 256), (40, 32), (9, 100))]
+    assert plans == [(1, 1), (3, 1), (4, 1), (4, 5), (4, 2)]
+
+
 def test_the_size_of_a_pack():
     sizes = [
         step.pack_size(k, tokens, 256)
@@ -319,9 +344,10 @@ def test_the_size_of_a_pack():
 
 
 @pytest.mark.slow
-def test_in_packs_of_one_cells_equal_their_single_runs():
+@pytest.mark.parametrize("plan", [(1, 1), (2, 1), (2, 2)])
+def test_in_packs_and_lanes_of_other_sizes_cells_equal_their_single_runs(plan):
     cells, singles, _ = mixed()
-    out, lines = together(cells, train.causal_lm_loss, corpus(), 1)
+    out, lines = together(cells, train.causal_lm_loss, corpus(), plan)
     apart = [differences(*each) for each in zip(singles, out, lines, strict=True)]
     assert np.max(apart) < RTOL, apart
 
@@ -332,7 +358,7 @@ def test_cells_with_a_head_and_rows_of_their_own_equal_their_single_runs():
     cells = [cell_of(want, classifier()) for want in wants]
     each = [corpus(seed, labelled=True) for seed in range(2)]
     loss = train.classification_loss
-    out, lines = together(cells, loss, sweep.OwnBatches(each), 2)
+    out, lines = together(cells, loss, sweep.OwnBatches(each), (2, 1))
     singles = [alone(cell, loss, batches) for cell, batches in zip(cells, each)]
     apart = [differences(*each) for each in zip(singles, out, lines, strict=True)]
     assert np.max(apart) < RTOL, apart

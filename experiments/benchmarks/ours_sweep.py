@@ -86,17 +86,16 @@ def single(options, model):
         )
         return np.asarray(losses)
 
-    return call, num_trained, 1
+    return call, num_trained, step.Plan(1, 1)
 
 
 def swept(options, model):
     """The same for a sweep of `options.cells`; and how many are computed at once."""
     rng = np.random.default_rng(0)
     made = [cell_of(model, k, options.method) for k in range(options.cells)]
-    limit = step.pack_limit()
-    size = options.pack or step.pack_size(len(made), options.rows * options.length, limit)
+    plan = step.plan(len(made), options.rows * options.length, step.num_lanes())
     program = sweep.make_program(made[0], train.causal_lm_loss)
-    stacked = cells.stack(program, made, size)
+    stacked = cells.stack(program, made, plan.lanes * plan.size)
     trainable, own, shared = stacked.states
     state = (trainable, step.init(program, trainable, stacked.settings))
     total = len(stacked.settings.clip)
@@ -105,23 +104,30 @@ def swept(options, model):
 
     def call():
         nonlocal state
-        *state, losses, _ = step.run_cells(
-            program=program,
-            size=size,
-            paired=True,
-            trainable=state[0],
-            opt=state[1],
-            own=own,
-            shared=shared,
-            settings=stacked.settings,
-            batches=batches(options, rng),
-            rates=rates,
-            count=STEPS_PER_CALL,
-            first=0,
-        )
+        made_of = batches(options, rng)
+
+        def run(state, beside):
+            (trainable, opt), (own, settings, rates) = state, beside
+            return step.run_cells(
+                program=program,
+                size=plan.size,
+                paired=True,
+                trainable=trainable,
+                opt=opt,
+                own=own,
+                shared=shared,
+                settings=settings,
+                batches=made_of,
+                rates=rates,
+                count=STEPS_PER_CALL,
+                first=0,
+            )
+
+        beside = (own, stacked.settings, rates)
+        *state, losses, _ = step.run_lanes(plan.lanes, run, tuple(state), beside)
         return np.asarray(losses)[: len(made)]
 
-    return call, num_trained, size
+    return call, num_trained, plan
 
 
 def measure(call, options) -> dict:
@@ -161,16 +167,15 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=1)
     parser.add_argument("--length", type=int, default=32)
     parser.add_argument("--cells", type=int, default=0)
-    parser.add_argument("--pack", type=int, default=0, help="0: what the sweep chooses")
     parser.add_argument("--steps", type=int, default=0)
     parser.add_argument("--turns", type=int, default=6)
     parser.add_argument("--paced", action="store_true")
     options = parser.parse_args()
     config = models.gpt2.GPT2Config(max_positions=128, **SHAPES[options.shape])
     model = models.create("gpt2", config, jax.random.key(0))
-    call, num_trained, size = (swept if options.cells else single)(options, model)
+    call, num_trained, plan = (swept if options.cells else single)(options, model)
     result = {"framework": "jax_lowrank", **vars(options)}
-    result |= {"trainable_parameters": num_trained, "pack": size}
+    result |= {"trainable_parameters": num_trained, "plan": plan}
     result |= whole(call, options) if options.steps else measure(call, options)
     result |= {"peak_mb": peak_mb(), "environment": dict(provenance.environment())}
     print(json.dumps(result))

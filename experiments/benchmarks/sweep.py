@@ -129,7 +129,8 @@ def table(result: dict) -> str:
                 same = row["name"] == other
                 shares.append("" if same else f"{middle:.2f} ({low:.2f} to {high:.2f})")
             shares += [""] * (3 - len(shares))
-            packs = f", packs of {row['pack']}" if row.get("cells") else ""
+            lanes, size = row.get("plan", (1, 1))
+            packs = f", {lanes} x {size} at once" if row.get("cells") else ""
             lines.append(
                 f"| {case} | {row['name']}{packs} | {row['seconds_median'] * 1e3:.2f} |"
                 f" {' | '.join(shares)} | {row['peak_mb']:,.0f} |"

@@ -24,7 +24,7 @@ from jax_lowrank.config import MethodSpec, Run, fingerprint
 from jax_lowrank.processes import several
 from jax_lowrank.study.parts import Prepared
 from jax_lowrank.study.schedule import Named
-from jax_lowrank.sweep.step import pack_limit, pack_size
+from jax_lowrank.sweep.step import num_lanes, pack_limit, plan
 from jax_lowrank.workers import claim
 
 MOST = 16  # members: an adapter-step gets hardly cheaper, and other workers want their share
@@ -34,6 +34,9 @@ WIDER = 1.5  # work of a step with the largest adapter of a pack, of that with o
 # A step costs as much as its tokens and this share of a full pack's: on 2 CPU cores at 32 tokens,
 # packs of 4 and 8 were seen at 0.63 and 0.57 of a single run. On accelerators it is a guess.
 FIXED = 1 / 8
+# What a step takes alone of its share of several at the same time (`step.Plan`): on 2 CPU cores
+# 1.05 to 1.5 were seen, the more the smaller the model.
+GAPS = 1.15
 
 
 def form(run: Run) -> tuple | None:
@@ -71,7 +74,8 @@ class Packing:
         self.p, self.tokens, self.steps, self.beside = prepared, tokens, steps, beside
         self.specs = {spec.label: spec for spec in prepared.study.methods}
         self.devices = 1 if prepared.mesh is None else prepared.mesh.size
-        # One run keeps this machine busy: there is nothing to gain but compilation.
+        # Wider products gain nothing for runs of so many tokens, only cores without a run do.
+        self.lanes = num_lanes() if self.devices == 1 else 1
         self.busy = self.devices * pack_limit() < 2 * tokens
         self.sizes: dict[str, int] = {}  # label -> parameters that are trained
         self.rooms: dict[str, int] = {}  # label -> runs that memory has room for
@@ -120,7 +124,7 @@ class Packing:
         that in a wider one a run would not be what it is alone.
         """
         seeds = Counter(one.run.seed for one in group)
-        if len(seeds) == 1 or self.busy or group[0].run.method.dropout:
+        if len(seeds) == 1 or (self.busy and self.lanes == 1) or group[0].run.method.dropout:
             return False
         some = [part[0].run for part in by_seed(group)][:MOST]
         alone, together = self.beside(some)
@@ -134,9 +138,10 @@ class Packing:
 
     def step_cost(self, tokens: float, num_runs: int) -> float:
         """What a run's step costs beside others, in tokens."""
-        limit, members = pack_limit(), min(num_runs, max(MOST, self.devices))
-        at_once = pack_size(math.ceil(members / self.devices), math.ceil(tokens), limit)
-        return tokens + FIXED * limit / at_once
+        members = math.ceil(min(num_runs, max(MOST, self.devices)) / self.devices)
+        lanes, size = plan(members, math.ceil(tokens), self.lanes)
+        gaps = GAPS if lanes < self.lanes else 1
+        return gaps * tokens + FIXED * pack_limit() / (lanes * size)
 
     def cut(self, group: list[Named]) -> list[list[Named]]:
         """Packs of runs of one form. All adapters of a pack are filled up to its largest."""
@@ -176,7 +181,8 @@ class Packing:
     def most(self, label: str, num_methods: int) -> int:
         """How many members a pack may have, whose largest method is `label`."""
         most = max(MOST, self.devices)
-        wanted = self.p.study.train.sweep_size or (min(most, num_methods) if self.busy else most)
+        enough = min(most, max(num_methods, self.lanes)) if self.busy else most
+        wanted = self.p.study.train.sweep_size or enough
         return 1 if wanted == 1 else max(1, min(wanted, self.room(label) * self.devices))
 
     def room(self, label: str) -> int:
@@ -188,7 +194,7 @@ class Packing:
             free = SHARE * memory.of_this_device() - each.frozen
             # With its best state so far; XLA copies most of the others while packs take turns.
             kept = 2 * (each.trainable + each.optimizer)
-            at_once = max(1, pack_limit() // self.tokens)
+            at_once = self.lanes * max(1, pack_limit() // self.tokens)
             few = free // (kept + each.step)
             many = (free - at_once * each.step) // kept
             # Several devices compute all of their members at once, one does in turns.

@@ -25,6 +25,7 @@ from jax_lowrank.sweep.cells import (
     spread,
     stack,
 )
+from jax_lowrank.sweep.step import Plan
 from jax_lowrank.train import DivergedError, Fitted
 
 
@@ -36,15 +37,15 @@ def fit(
     validate: Callable[[States], Sequence[float]],
     log: Callable[[int, dict], None],
     steps_per_call: int = 32,
-    size: int | None = None,
+    plan: Plan | None = None,
     mesh: Mesh | None = None,
     checkpoints: Checkpoints | None = None,
 ) -> list[Fitted | DivergedError]:
     """`train.fit` of every cell, in the order of `cells`: what it returns, or what it would raise.
 
     batches: one for all cells, or OwnBatches. validate: losses of the stacked models (K,), those of
-    surplus ones included or not. log: gets a cell's number and its line. size: how many cells are
-    computed at once; None: see `step.pack_size`. mesh: devices of one process that share the
+    surplus ones included or not. log: gets a cell's number and its line. plan: how many cells are
+    computed at once; None: see `step.plan`. mesh: devices of one process that share the
     cells, all at once, each with the whole base; None: one device. checkpoints: of the whole sweep,
     as `train.fit` has them of a run. Seconds and speeds of a cell count its share of the sweep's
     time.
@@ -52,11 +53,12 @@ def fit(
     Raises what `stack` raises and, with checkpoints, what `train.fit` raises of them.
     """
     if mesh is not None:
-        size = math.ceil(len(cells) / mesh.size) * mesh.size
-    elif size is None:
-        size = compiled.pack_size(len(cells), compiled.tokens_of(batches), compiled.pack_limit())
-    stacked = spread(stack(program, cells, size), mesh)
-    run = Sweep(program, cells, stacked, batches, validate, log, size, mesh)
+        plan = Plan(1, math.ceil(len(cells) / mesh.size) * mesh.size)
+    elif plan is None:
+        tokens = compiled.tokens_of(batches)
+        plan = compiled.plan(len(cells), tokens, compiled.num_lanes())
+    stacked = spread(stack(program, cells, plan.lanes * plan.size), mesh)
+    run = Sweep(program, cells, stacked, batches, validate, log, plan, mesh)
     epoch = batches.steps_per_epoch
     with checkpoints or contextlib.nullcontext():
         if not run.resume(checkpoints):
@@ -83,9 +85,9 @@ class Best(NamedTuple):
 class Sweep:
     """Where a sweep is, and the call whose numbers are awaited."""
 
-    def __init__(self, program, cells, stacked, batches, validate, log, size, mesh):
+    def __init__(self, program, cells, stacked, batches, validate, log, plan, mesh):
         self.program, self.cells, self.batches = program, cells, batches
-        self.validate, self.log, self.size, self.mesh = validate, log, size, mesh
+        self.validate, self.log, self.plan, self.mesh = validate, log, plan, mesh
         self.layers, self.likes = stacked.layers, stacked.likes
         self.trainable, self.own, self.shared = stacked.states
         self.settings = stacked.settings
@@ -157,19 +159,27 @@ class Sweep:
         if not self.paired:
             surplus = total - len(self.cells)
             chunk = jax.tree.map(lambda x: _cells_first(x, surplus), chunk)
-        trainable, opt, losses, norms = compiled.run_cells(
-            program=self.program,
-            size=self.size,
-            paired=self.paired,
-            trainable=self.trainable,
-            opt=self.opt,
-            own=self.own,
-            shared=self.shared,
-            settings=self.settings,
-            batches=chunk,
-            rates=rates,
-            count=count,
-            first=step,
+
+        def run(state, beside):
+            (trainable, opt), (own, settings, rates, mine) = state, beside
+            return compiled.run_cells(
+                program=self.program,
+                size=self.plan.size,
+                paired=self.paired,
+                trainable=trainable,
+                opt=opt,
+                own=own,
+                shared=self.shared,
+                settings=settings,
+                batches=chunk if self.paired else mine,
+                rates=rates,
+                count=count,
+                first=step,
+            )
+
+        beside = (self.own, self.settings, rates, () if self.paired else chunk)
+        trainable, opt, losses, norms = compiled.run_lanes(
+            self.plan.lanes, run, (self.trainable, self.opt), beside
         )
         self.trainable, self.opt = share_out((trainable, opt), self.mesh)  # as the next call's
         self.step = step + count

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import functools
 import math
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +29,32 @@ def optimizer_of(program: Program, trainable: State, settings: Settings):
     return train.make_optimizer(
         trainable, method, weight_decay=settings.weight_decay, clip=settings.clip
     )
+
+
+class Plan(NamedTuple):
+    """How cells share a machine: in equal `lanes` that run at the same time, one a processor core,
+    and in each of them `size` cells at once, pack after pack."""
+
+    lanes: int
+    size: int
+
+
+def plan(num_cells: int, tokens: int, most_lanes: int) -> Plan:
+    """For cells of so many tokens a step.
+
+    A step of one cell leaves cores idle between its products; steps of two cells fill each other's
+    gaps (0.64 to 0.86 of the time at 256 to 2,048 tokens on 2 cores).
+    """
+    lanes = min(num_cells, most_lanes)
+    return Plan(lanes, pack_size(math.ceil(num_cells / lanes), tokens, pack_limit()))
+
+
+def num_lanes() -> int:
+    """The cores that this process may use, on a CPU; 1 elsewhere."""
+    if jax.default_backend() != "cpu":
+        return 1
+    found = getattr(os, "sched_getaffinity", None)
+    return len(found(0)) if found else os.cpu_count() or 1
 
 
 def pack_size(num_cells: int, tokens: int, limit: int) -> int:
@@ -102,6 +132,35 @@ def run_cells(
         return pack(trainable, opt, own, settings, rates, batches)
     empty = jnp.zeros(rates.shape, jnp.float32)
     return jax.lax.fori_loop(0, len(rates) // size, turn, (trainable, opt, empty, empty))
+
+
+def run_lanes(lanes: int, run: Callable, state, beside):
+    """run(state, beside), whose leaves have a leading K: `lanes` calls with an equal share of the
+    cells each, at the same time; their results joined. `state` is given up.
+    """
+    if lanes == 1:
+        return run(state, beside)
+    parts = _cut(state, beside, lanes)
+    for whole in jax.tree.leaves(state):
+        whole.delete()
+    found = [run(*parts[0])]  # compiles, the first time
+    # JAX runs the calls of one thread one after another.
+    with ThreadPoolExecutor(lanes - 1) as pool:
+        found += pool.map(lambda part: run(*part), parts[1:])
+    return _join(found)
+
+
+@functools.partial(jax.jit, static_argnames="lanes")
+def _cut(state, beside, lanes: int):
+    def part(number: int):
+        return jax.tree.map(lambda x: jnp.split(x, lanes)[number], (state, beside))
+
+    return [part(number) for number in range(lanes)]
+
+
+@jax.jit
+def _join(parts):
+    return jax.tree.map(lambda *x: jnp.concatenate(x), *parts)
 
 
 @functools.partial(jax.jit, static_argnames="program")
