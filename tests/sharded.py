@@ -36,8 +36,13 @@ MESHES = {
     "mixed": (2, 2, 2),
 }
 STEPS, ROWS, WIDTH = 5, 16, 24
-LORA = {"rank": 2, "alpha": 4, "dropout": 0.1}
-OPTIONS = {"lora": LORA, "dora": LORA | {"dora": True, "init": "pissa"}}
+LORA = {"rank": 2, "alpha": 4}
+OPTIONS = {  # of LoRA, by the name that a case has for it; other methods have none
+    "lora": LORA,
+    "qv": LORA | {"targets": "qv"},
+    "dropout": LORA | {"dropout": 0.1},
+    "dora": LORA | {"dropout": 0.1, "dora": True, "init": "pissa"},
+}
 
 
 def batches(number_of_rows, kind, mesh):
@@ -109,7 +114,8 @@ def trained(fixture, method_name, sizes, dtype="float32", accumulate=1):
         model = models.load(
             folder, jnp.dtype(dtype), head, jax.random.key(1), where=sharding.where(mesh)
         )
-    method = METHODS[method_name.replace("dora", "lora")](**OPTIONS.get(method_name, {}))
+    name = "lora" if method_name in OPTIONS else method_name
+    method = METHODS[name](**OPTIONS.get(method_name, {}))
     graphdef, trainable, frozen = method.split(jax.random.key(0), model)
     trainable, frozen = sharding.put((trainable, frozen), mesh)
     spec = TrainSpec(weight_decay=0.1, accumulate=accumulate)
