@@ -243,3 +243,9 @@ def test_a_bfloat16_base_is_trained_in_float32(case):
     unmerged = logits_of(m.graphdef, (trainable, m.frozen), tokens)
     gap = jnp.abs(logits_of(model.graphdef, (merged,), tokens) - unmerged).max()
     assert float(gap) < 0.2  # bfloat16 holds 8 bits; logits are of order 4
+    # Activations are the base's with every method, the cache's too.
+    net = apply_of(m.graphdef)(trainable, m.frozen)
+    (x, _, _), cache = net.hidden(tokens), net.new_cache(len(tokens), 40)
+    assert x.dtype == cache.keys.dtype == jnp.bfloat16
+    stepped = net.step(tokens, None, cache)[0]
+    assert float(jnp.abs(stepped - unmerged[:, -1]).max()) < 0.2

@@ -7,9 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax._src.cudnn import fused_attention_stablehlo
 from tiny import NAMES, assert_close, model_of, oracle_of
 
-from jax_lowrank import models
+from jax_lowrank import memory, models, train
+from jax_lowrank.adapt import METHODS
+from jax_lowrank.adapt.method import bind, dtypes
 from jax_lowrank.models import attention, splash
 
 
@@ -245,6 +248,36 @@ def test_what_auto_takes_where(monkeypatch):
     monkeypatch.setattr(attention, "_cudnn_refusal", lambda *args: None)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert attention._kernel(q, q, allowed, plain) == "cudnn"
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_step_for_a_gpu_has_cudnns_attention(method, monkeypatch):
+    """Lowered here for a GPU with cuDNN; what is trained in float32 is multiplied in the base's
+    bfloat16, which is what cuDNN takes. No array of the scores' size is left."""
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    config, rows, length = models.llama.LlamaConfig(256, 2, 64, 4, 2, 16, 128, 88), 3, 88
+    model = models.abstract(config.to_hf(models.Head()), jnp.bfloat16)
+    chosen = METHODS[method](**({"rank": 4, "alpha": 8.0} if method == "lora" else {}))
+    graphdef, trainable, frozen = memory.split(chosen, model)
+    assert dtypes(trainable) == ("float32",)
+    optimizer = train.make_optimizer(trainable, chosen, weight_decay=0.1, clip=1.0)
+    traced = train.run_steps.trace(
+        apply=bind(graphdef),
+        loss=train.causal_lm_loss,
+        optimizer=optimizer,
+        accumulate=1,
+        trainable=trainable,
+        opt_state=jax.eval_shape(optimizer.init, trainable),
+        frozen=frozen,
+        batches=memory.batch_shapes(2, rows, length, "causal-lm"),
+        rates=jax.ShapeDtypeStruct((2,), jnp.float32),
+        count=2,
+        key=jax.random.key(0),
+    )
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert "__cudnn$fmhaSoftmax(" in text and "__cudnn$fmhaSoftmaxBackward(" in text
+    assert f"x{length}x{length}x" not in text
 
 
 def test_kernels_that_cannot_be():

@@ -24,6 +24,7 @@ import tempfile
 from pathlib import Path
 from statistics import median
 
+import flops
 import peer_env
 
 HERE = Path(__file__).parent
@@ -158,23 +159,20 @@ def ratio(rows: list[dict], name: str) -> tuple[float, float, float]:
 
 
 def flops_per_step(shape: str, method: str) -> float:
-    """Multiply-adds times two of all matrix products of one step: 6 a token and weight for full
-    fine-tuning, 4 for LoRA (no gradient of frozen weights), attention and adapters included."""
+    """FLOPs of all matrix products of one step, see `flops.step`."""
     layers, width, vocab, length, tokens = 6, 384, 8192, 128, 2048
     mlp = 3 * 1024 if shape == "llama" else 2 * 1536
     weights = layers * (4 * width * width + mlp * width) + vocab * width
     weights += width * width if shape == "bert" else 0  # the head's own layer
-    per_pass = 2 * tokens * weights
-    attention = layers * 2 * 2 * tokens * length * width
-    if method == "full":
-        return 3 * (per_pass + attention)
+    # Not half: the product is written in up to four blocks, and BERT's sees both sides.
+    mixed = flops.attention(layers, width, tokens // length, length, causal=False)
     linears = {
         "gpt2": ((384, 1152), (384, 384), (384, 1536), (1536, 384)),
         "llama": (*[(384, 384)] * 4, *[(384, 1024)] * 2, (1024, 384)),
         "bert": (*[(384, 384)] * 4, (384, 1536), (1536, 384)),
     }[shape]
-    adapters = layers * 2 * tokens * 8 * sum(a + b for a, b in linears)
-    return 2 * per_pass + 3 * (attention + adapters)
+    adapters = layers * 8 * sum(a + b for a, b in linears) if method == "lora" else 0
+    return flops.step(method, tokens, weights, adapters=adapters, attention=mixed)
 
 
 HEADER = [
@@ -191,10 +189,10 @@ def lines_of(rows: list[dict], peak: float | None = None) -> list[str]:
     if first["task"] == "generate":
         task = f"sampling, {'with adapter' if first['method'] == 'lora' else 'plain'}"
         peak = None
-    flops = flops_per_step(first["shape"], first["method"])
+    needed = flops_per_step(first["shape"], first["method"])
 
     def speed(row):
-        share = f" ({flops / row['seconds_median'] / 1e9 / peak:.0%})" if peak else ""
+        share = f" ({needed / row['seconds_median'] / 1e9 / peak:.0%})" if peak else ""
         return f"{row['tokens'] / row['seconds_median']:,.0f}{share}"
 
     lines = []

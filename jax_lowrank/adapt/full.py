@@ -9,7 +9,8 @@ from jax_lowrank.adapt.method import Method, join, split_where
 
 
 def make() -> Method:
-    """Train all parameters. Master weights are float32 whatever the base was stored in."""
+    """Train all parameters. Master weights are float32 whatever the base was stored in; activations
+    keep the dtype of the base, as with every method."""
     return Method(split=_split, merge=join, transform=lambda optimizer: optimizer, scale=None)
 
 

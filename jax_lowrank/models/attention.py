@@ -177,13 +177,14 @@ def mix(q: Array, k: Array, v: Array, allowed: Array | None, rule: Rule | None =
     array, where it is known. See `use`.
     """
     kernel = _kernel(q, k, allowed, rule)
+    if kernel == "hand":
+        return _by_hand(q, k, v, allowed)
+    q, k, v = map(saved, (q, k, v))  # what else the derivative needs is as quickly made again
     if kernel == "splash":
         from jax_lowrank.models import splash  # experimental in JAX: only who needs it imports it
 
         return splash.mix(q, k, v, *(rule or Rule(True, None, None)))
-    if kernel in ("xla", "cudnn"):
-        return _library(kernel, q, k, v, allowed)
-    return _by_hand(q, k, v, allowed)
+    return _library(kernel, q, k, v, allowed)
 
 
 def _kernel(q: Array, k: Array, allowed: Array | None, rule: Rule | None) -> str:

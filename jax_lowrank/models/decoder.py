@@ -44,6 +44,8 @@ class Decoder(nnx.Module):
         self.classifier = classifier
         self.project_in, self.project_out = project_in, project_out
         self.cache_shape, self.window = cache_shape, window  # (L, K, N)
+        # Of activations: as the model was made, also where what is trained is a float32 copy.
+        self.dtype = embed.table[...].dtype
         self.remat, self.layout = "dots", Layout()  # see `adapt.method.bind`
         # Token of each class, and what is taken off its logit; see `models.answering`.
         self.answers: tuple[int, ...] = ()
@@ -64,6 +66,7 @@ class Decoder(nnx.Module):
             x = self.project_in(x, key)
         if self.position is not None:
             x = x + self.layout.look_up(self.position, context.positions)
+        x = x.astype(self.dtype)
         return scan_layers(self.blocks, x, context, cache, remat=self.remat, layout=self.layout)
 
     def final(self, x: Array, key: Array | None = None) -> Array:
@@ -141,7 +144,7 @@ class Decoder(nnx.Module):
     def new_cache(self, batch: int, slots: int) -> Cache:
         """An empty cache for `batch` rows of at most `slots` tokens."""
         layers, heads, width = self.cache_shape
-        zeros = jnp.zeros((layers, batch, heads, slots, width), self.embed.table[...].dtype)
+        zeros = jnp.zeros((layers, batch, heads, slots, width), self.dtype)
         zeros = self.layout.pin(zeros, (None, "rows", "heads", None, None))
         # On CPU a loop over tokens would cut every layer out of the stack again for every token.
         apart = unstack(self.blocks) if jax.default_backend() == "cpu" else None

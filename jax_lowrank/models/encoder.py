@@ -56,6 +56,8 @@ class Encoder(nnx.Module):
         self.blocks, self.pooler = blocks, pooler
         self.predictor, self.classifier = predictor, classifier
         self.first_position = first_position  # the row of `position` of a text's first token
+        # Of activations: as the model was made, also where what is trained is a float32 copy.
+        self.dtype = embed.table[...].dtype
         self.remat, self.layout = "dots", Layout()  # see `adapt.method.bind`
 
     def hidden(
@@ -75,6 +77,7 @@ class Encoder(nnx.Module):
         elif types is not None:
             raise ValueError("the model has no token types")
         x = self.norm(x + look_up(self.position, context.positions + self.first_position))
+        x = x.astype(self.dtype)
         x, before, _ = scan_layers(
             self.blocks, x, context, None, remat=self.remat, layout=self.layout
         )
