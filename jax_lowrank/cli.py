@@ -235,14 +235,16 @@ def finetune_command(args: list[str]) -> int:
             print(dry_run.finetuning(job))
             return 0
         record = finetune.finished(job)
+        tidy = once(lambda: not finetune.saves(job.out).exists())
     except (ValueError, OSError) as error:
         return fail(str(error))
     try:
-        if record is None:
+        if record is not None:
+            note(f"{job.out} is finished: this run was done before")
+        if record is None or not tidy:  # it may have been killed while it deleted its checkpoints
             record = finetune.execute(job, note, mirror, curves if is_first() else None)
         else:
             once(lambda: mirror.push(job.out.name))
-            note(f"{job.out} is finished: this run was done before")
     except results.ResultsError as error:
         return fail(str(error))
     except MirrorError as error:

@@ -74,15 +74,11 @@ def prepare(spec: FinetuneSpec, out: str, note: Callable[[str], None]) -> Job:
     words = load_text(directory)
     words = words._replace(vocab_size=model.config.vocab_size)
     check_length(spec.train.max_length, model)
+    encoding = partial(
+        encode.encode, max_length=spec.train.max_length, mask_prompt=spec.data.mask_prompt
+    )
     encoded = {
-        name: encode.encode(
-            examples.kind,
-            split.ids,
-            split.inputs,
-            words,
-            max_length=spec.train.max_length,
-            mask_prompt=spec.data.mask_prompt,
-        )
+        name: encoding(examples.kind, split.ids, split.inputs, words)
         for name, split in examples.splits.items()
     }
     note_zero_rows(started, words.tokenizer, encoded["train"], note)
@@ -158,6 +154,11 @@ def check_place(place: Path, name: str) -> None:
         raise results.ResultsError(f"cannot write to {place}: {above} is not a writable directory")
 
 
+def saves(out: Path) -> Path:
+    """Where the checkpoints of a run lie until it is over."""
+    return out.absolute().with_name(f"{out.name}.checkpoints")
+
+
 def finished(job: Job) -> dict | None:
     """The record, when this very run was done before."""
     return once(lambda: provenance.read_json(job.out / "record.json"))
@@ -208,7 +209,7 @@ def execute(job: Job, note: Callable, mirror: Mirror, curves: Path | None = None
 
     Raises ResultsError while another process does the same run.
     """
-    place = job.out.absolute().with_name(f"{job.out.name}.checkpoints")
+    place = saves(job.out)
     with claim(place / "claim") as mine:
         if not mine:
             raise results.ResultsError(f"another process is doing this run: {job.out}")

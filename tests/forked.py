@@ -13,6 +13,8 @@ import sys
 import time
 from pathlib import Path
 
+import held
+
 
 class Forks:
     """The parent; `start` a program, which ends with it at the latest."""
@@ -112,6 +114,10 @@ def begin(request):
     os.dup2(null, 0)
     if "WATCHED" in os.environ:
         tell_writes(os.environ["WATCHED"])
+    if "ARRAYS" in os.environ:
+        held.keep_arrays(os.environ["ARRAYS"])
+    if "HELD" in os.environ:
+        held.hold(*os.environ["HELD"].split())
     return importlib.import_module(request["start"]).main(request["arguments"])
 
 

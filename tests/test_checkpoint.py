@@ -361,14 +361,17 @@ def session(folder, *, stop_after=None, seconds=0.0, notes=None, steps=10):
     return result, lines
 
 
-def final_hashes(folder):
-    """Of the arrays of the newest checkpoint: trainable, optimizer state, best, key."""
-    saved = sorted(folder.iterdir())[-1]
+def final_arrays(folder):
+    """Those of the newest checkpoint: trainable, optimizer state, best, key."""
     _, trainable, _, optimizer = lora_with_dropout()
     key = jax.random.key(1)
     run = train.Training(trainable, optimizer.init(trainable), key, None, 0, None)
-    state = Checkpoints(saved.parent, NAME).restore(run.arrays()).state
-    return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(state)]
+    return Checkpoints(folder, NAME).restore(run.arrays()).state
+
+
+def final_bytes(folder):
+    """The bytes of each."""
+    return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(final_arrays(folder))]
 
 
 def test_a_continued_run_is_the_run_that_was_never_interrupted(tmp_path):
@@ -376,7 +379,7 @@ def test_a_continued_run_is_the_run_that_was_never_interrupted(tmp_path):
     plain, plain_lines = session(None)
     assert same_bytes(plain.trainable, result.trainable) and plain_lines == lines
     assert (result.best_step, result.resumed_at) == (plain.best_step, ())
-    expected = final_hashes(tmp_path / "whole")
+    expected = final_bytes(tmp_path / "whole")
     # Stopped within an epoch, and on both sides of a validation.
     losses = [(line["step"], "validation_loss" in line) for line in lines]
     validated = losses.index((5, True)) + 1
@@ -389,7 +392,7 @@ def test_a_continued_run_is_the_run_that_was_never_interrupted(tmp_path):
         assert again_lines == lines
         assert same_bytes(again.trainable, result.trainable)
         assert again[1:4] == result[1:4]
-        assert final_hashes(folder) == expected
+        assert final_bytes(folder) == expected
         resumed_at.update(again.resumed_at)
     assert 5 in resumed_at and len(resumed_at) >= 3
 
@@ -411,6 +414,30 @@ def test_a_run_in_many_sessions(tmp_path, monkeypatch):
     assert len(again.resumed_at) >= 3 and again.resumed_at == tuple(sorted(again.resumed_at))
     assert again_lines == lines and same_bytes(again.trainable, result.trainable)
     assert again.seconds > 0
+
+
+def test_a_checkpoint_holds_no_frozen_weights(tmp_path):
+    session(tmp_path, steps=3)
+    (newest, *_) = sorted(tmp_path.iterdir(), reverse=True)
+    stored = b"".join(f.read_bytes() for f in newest.rglob("*") if f.is_file())
+    _, trainable, frozen, _ = lora_with_dropout()
+    sizes = {leaf.nbytes for leaf in jax.tree.leaves(trainable)}
+    loaded = final_arrays(tmp_path)["trainable"]
+    assert all(np.asarray(leaf).tobytes() in stored for leaf in jax.tree.leaves(loaded))
+    large = [leaf for leaf in jax.tree.leaves(frozen) if leaf.nbytes > min(sizes) and jnp.ptp(leaf)]
+    assert large and not any(np.asarray(leaf).tobytes() in stored for leaf in large)
+
+
+def test_a_save_goes_on_beside_the_training(tmp_path, monkeypatch):
+    disk, hashes = threading.Event(), checkpoint._hashes
+    monkeypatch.setattr(checkpoint, "_hashes", lambda path: disk.wait(60) and hashes(path))
+    with Checkpoints(tmp_path, NAME, seconds=0.0) as checkpoints:
+        assert checkpoints.due()
+        checkpoints.save(1, *numbers(1))
+        assert not checkpoints.due() and restored(tmp_path)[0] is None  # neither waited for it
+        disk.set()
+        checkpoints.wait()
+        assert checkpoints.due() and restored(tmp_path) == (1, [])
 
 
 def test_nothing_is_saved_before_it_is_time(tmp_path):

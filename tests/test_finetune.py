@@ -401,16 +401,23 @@ def test_an_adapter_for_another_head_is_refused(folder, tmp_path, monkeypatch, c
     assert record_of(tmp_path / "out")["model"]["labels"] == ["neg", "pos"]
 
 
-def test_the_same_run_is_not_done_again(folder, monkeypatch, capsys):
+def test_the_same_run_is_not_done_again(folder, tmp_path, monkeypatch, capsys):
     out = folder / "runs" / "completion"
     line = arguments(folder, out, "--test", folder / "completion.jsonl")
     stamp = (out / "record.json").stat().st_mtime_ns
+    monkeypatch.setattr(finetune, "train_and_write", None)  # would fail
+    left = finetune.saves(out) / record_of(out)["fingerprint"] / "00000001"
+    left.mkdir(parents=True)  # killed while it deleted them
+    code, _, err = run(line, monkeypatch, capsys)
+    assert code == 0 and "this run was done before" in err and not finetune.saves(out).exists()
     monkeypatch.setattr(finetune, "execute", None)  # would fail
     code, said, err = run(line, monkeypatch, capsys)
     assert code == 0 and "this run was done before" in err and "test after: perplexity" in said
     assert (out / "record.json").stat().st_mtime_ns == stamp
-    code, _, err = run([*line, "--seed", "1"], monkeypatch, capsys)
-    assert code == 2 and "holds a run of other settings, data or code" in err
+    other = tiny_text.checkpoint(tmp_path / "model", chat=True, seed=1)
+    for change in (("--seed", "1"), ("--model", other)):
+        code, _, err = run([*line, *change], monkeypatch, capsys)
+        assert code == 2 and "holds a run of other settings, data or code" in err
 
 
 @pytest.mark.parametrize("stop", [KeyboardInterrupt(), OSError(28, "No space left on device")])

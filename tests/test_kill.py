@@ -10,47 +10,65 @@ import time
 import numpy as np
 import pytest
 import tiny_text
+from held import began_at, newest, same_arrays
 from test_study import CONFIG, outputs
 from test_study_packs import assert_same, write_config
 
 from jax_lowrank import results
 from jax_lowrank.study import packs
 
-SEEDS = {"save": range(6), "finalise": range(7, 11), "delete": range(12, 17), "run": range(18, 25)}
+SEEDS = {"save": range(6), "finalise": range(7, 13), "delete": range(13, 19), "run": range(19, 26)}
 
 
-def killed(folder, forks, stage="none", number=1, seconds=0.0):
-    """Run tests/killed.py; its exit code, -9 for a kill."""
-    session = forks.start("killed", folder, stage, number, seconds)
+def killed(folder, forks, stage, seed):
+    """Run tests/killed.py and kill it in a stage, or a moment after training began; the session,
+    and the change of the disk that it was about to make."""
+    rng, file = random.Random(seed), folder.with_suffix(".held")
+    held = {} if stage == "run" else {"HELD": f"{stage} {rng.randint(1, 40)} {file}"}
+    session = forks.start("killed", folder, ARRAYS=f"{folder}.arrays", **held)
+    if stage == "run":
+        session.until(lambda: began_at(session) is not None or session.poll() is not None)
+        time.sleep(rng.uniform(0, 1.5))
+    else:
+        session.until(lambda: file.exists() or session.poll() is not None)
+    where = file.read_text() if file.exists() else "at any time"
+    session.send_signal(signal.SIGKILL)
     assert session.wait() in (0, -signal.SIGKILL), session.said()
-    return session.returncode
-
-
-def same(one, other):
-    """Whether two sessions ended with the same bits."""
-    with np.load(f"{one}.npz") as a, np.load(f"{other}.npz") as b:
-        assert a.files == b.files and len(a.files) > 20
-        return all(a[name].tobytes() == b[name].tobytes() for name in a.files)
+    file.unlink(missing_ok=True)
+    return session, where
 
 
 @pytest.mark.slow
 def test_a_run_killed_at_random_points_ends_with_the_same_bits(tmp_path, forks):
-    assert killed(tmp_path / "whole", forks) == 0
+    whole = forks.start("killed", tmp_path / "whole", ARRAYS=str(tmp_path / "arrays"))
+    assert whole.wait() == 0 and json.loads(whole.printed()) == [], whole.said()
     plans = [(seed, stage) for stage, seeds in SEEDS.items() for seed in seeds]
     random.Random(0).shuffle(plans)
-    kills, chain, folder = [], 0, tmp_path / "chain-0"
-    for seed, stage in plans:
-        rng = random.Random(seed)
-        seconds = rng.uniform(0, {"save": 0.04, "run": 2.5}.get(stage, 0.01))
-        if killed(folder, forks, stage, rng.randint(1, 4), seconds) == 0:
-            assert same(folder, tmp_path / "whole")  # it was over before
-            chain, folder = chain + 1, tmp_path / f"chain-{chain + 1}"
+    kills, resumed, chain = [], 0, 0
+    while True:
+        folder = tmp_path / f"chain-{chain}"
+        before = newest(folder)
+        if plans:
+            seed, stage = plans.pop()
+            session, where = killed(folder, forks, stage, seed)
         else:
-            kills.append((stage, seed))
-    assert killed(folder, forks) == 0 and same(folder, tmp_path / "whole")
-    print(f"{len(kills)} kills: {kills}")
-    assert len(kills) >= 20
-    assert {stage for stage, _ in kills} == set(SEEDS)
+            session = forks.start("killed", folder, ARRAYS=f"{folder}.arrays")
+            session.wait()
+        # At most the work since the newest whole checkpoint is lost, and no such checkpoint.
+        assert began_at(session) == before <= newest(folder)
+        resumed += before > 0
+        if session.returncode:
+            kills.append((stage, seed, where))
+            continue
+        assert same_arrays(f"{folder}.npz", tmp_path / "whole.npz")
+        steps = json.loads(session.printed())
+        assert steps == sorted(steps) and steps[-1:] == [before] * (before > 0)
+        chain += 1
+        if not plans:
+            break
+    print(f"{len(kills)} kills, {resumed} sessions went on, {chain} runs: {kills}")
+    assert len(kills) >= 20 and {stage for stage, *_ in kills} == set(SEEDS)
+    assert resumed >= 15
 
 
 @pytest.mark.slow

@@ -91,7 +91,7 @@ def commands(text):
 @pytest.mark.parametrize("verb", ["create", "wait", "setup", "run", "fetch", "delete"])
 def test_every_step_on_a_tpu_is_printed(verb):
     found = commands(printed("tpu.sh", "--dry-run", verb, NAME="mine", ZONE="z", PROJECT="p"))
-    assert all(command[0] in ("gcloud", "git") for command in found)
+    assert all(command[0] in ("gcloud", "git", "mkdir") for command in found)
     last = " ".join(found[-1])
     assert "mine" in last and (verb == "fetch" or "--project p --zone z" in last)
 
@@ -203,6 +203,43 @@ def test_manifests_fit_their_schemas(kind):
     (words,) = container["args"]
     assert ("--distributed" in words) == (kind == "jobset")
     assert ('--shard "$JOB_COMPLETION_INDEX/4"' in words) == (kind == "study")
+
+
+def test_what_was_applied_is_deleted():
+    (command,) = commands(printed("gke/apply.sh", "--dry-run", "delete", NAME="mine"))
+    assert command == ["kubectl", "delete", "jobset", "mine"]
+
+
+def test_what_is_applied_is_what_the_dry_run_prints(tmp_path):
+    (tmp_path / "kubectl").write_text('#!/bin/sh\necho kubectl "$@"\n[ "$1" = delete ] || cat\n')
+    (tmp_path / "kubectl").chmod(0o755)
+    path = f"{tmp_path}:/usr/bin:/bin"
+    for kind in ("jobset", "study"):
+        *manifest, command = printed("gke/apply.sh", "--dry-run", kind).splitlines()
+        said, *applied = printed("gke/apply.sh", kind, PATH=path).splitlines()
+        assert applied == manifest and command == f"# {said}"
+    deleted = printed("gke/apply.sh", "delete", PATH=path)
+    assert deleted == printed("gke/apply.sh", "--dry-run", "delete")
+
+
+def test_the_image_is_made_of_what_is_there():
+    lines = (SCRIPTS / "gke" / "Dockerfile").read_text().splitlines()
+    copied = [name for line in lines if line.startswith("COPY") for name in line.split()[1:-1]]
+    assert {"pyproject.toml", "jax_lowrank", "configs"} <= set(copied)
+    assert all((SCRIPTS.parent / name).exists() for name in copied)
+    script = (SCRIPTS / "gke" / "apply.sh").read_text()
+    (config,) = re.findall(r"^COMMAND=.*(configs/\S+\.py)", script, re.MULTILINE)
+    assert (SCRIPTS.parent / config).is_file()
+
+
+PAGE = (SCRIPTS / "README.md").read_text(encoding="utf-8")
+SHOWN = re.findall(r"^ {4}.*?tpu_scripts/(\S+\.(?:sh|sbatch))([^#\n]*)", PAGE, re.MULTILINE)
+
+
+@pytest.mark.parametrize("script, words", sorted(set(SHOWN)), ids=" ".join)
+def test_every_command_on_the_page_can_be_tried(script, words):
+    arguments = words.replace("--dry-run", "").split()
+    assert printed(script, "--dry-run", *arguments)
 
 
 def test_a_wrong_manifest_is_seen():

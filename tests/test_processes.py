@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import signal
 import time
 
@@ -9,17 +10,21 @@ import jax
 import numpy as np
 import pytest
 import tiny_text
+from held import began_at, newest, same_arrays
 from test_sharding import free_port
 from test_study import CONFIG
 
 from jax_lowrank import processes, results
 
 
-def together(forks, module, *arguments, **environment):
-    """Two processes of one program, on a device each."""
+def together(forks, module, *arguments, only=({}, {}), **environment):
+    """Two processes of one program, on a device each. only: what one of them has in addition."""
     names = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}", "JAX_NUM_PROCESSES": "2"}
     names |= environment
-    return [forks.start(module, *arguments, JAX_PROCESS_ID=str(n), **names) for n in (0, 1)]
+    return [
+        forks.start(module, *arguments, JAX_PROCESS_ID=str(n), **names, **own)
+        for n, own in enumerate(only)
+    ]
 
 
 def command(forks, *arguments, **environment):
@@ -121,11 +126,26 @@ def rows(tmp_path_factory):
     return folder
 
 
-def finetuning(rows, out):
+def finetuning(rows, out, seconds=0):
     """Arguments of a full fine-tuning that saves after every compiled call."""
     line = ["finetune", "--model", rows / "model", "--data", rows / "pairs.jsonl", "--out", out]
     line += ["--method", "full", "--epochs", 20, "--learning-rate", 0.01, "--max-length", 16]
-    return [*line, "--train.checkpoint-seconds", 0, "--train.steps-per-call", 2]
+    return [*line, "--train.checkpoint-seconds", seconds, "--train.steps-per-call", 2]
+
+
+def saved(out):
+    """The checkpoints of a run that is not over."""
+    return out.with_name(f"{out.name}.checkpoints")
+
+
+def signed(out):
+    """The manifests of those."""
+    return set(saved(out).glob("*/*/manifest.json"))
+
+
+def start(forks, rows, out, only=({}, {}), seconds=0):
+    """The fine-tuning in two processes, which write what arrays each of them ends with."""
+    return command(forks, *finetuning(rows, out, seconds), only=only, ARRAYS=f"{out}.arrays")
 
 
 def stored(out):
@@ -138,9 +158,17 @@ def stored(out):
     return (out / "trainable.safetensors").read_bytes(), rows, log
 
 
-def signed(out):
-    """The whole checkpoints of a run that is not over."""
-    return set(out.with_name(f"{out.name}.checkpoints").glob("*/*/manifest.json"))
+def record(out):
+    """What a run says of itself."""
+    return json.loads((out / "record.json").read_text())
+
+
+def assert_same(out, whole):
+    """Two runs wrote the same, and their processes held the same arrays, the optimizer's too."""
+    assert stored(out) == stored(whole)
+    for n in (0, 1):
+        assert same_arrays(f"{out}.arrays-{n}.npz", f"{whole}.arrays-{n}.npz")
+    assert not saved(out).exists()
 
 
 def over(running):
@@ -148,32 +176,112 @@ def over(running):
     return any(each.poll() is not None for each in running)
 
 
-@pytest.mark.slow
-def test_two_processes_that_are_killed_end_with_the_same_bits(tmp_path, rows, forks):
-    whole = command(forks, *finetuning(rows, tmp_path / "whole"), WATCHED=str(tmp_path / "whole"))
-    assert ended(whole) == [0, 0], whole[0].said() + whole[1].said()
-    signs = [sum("manifest.json" in line for line in changes(each)) for each in whole]
+@pytest.fixture(scope="module")
+def whole(rows, forks):
+    """The fine-tuning that nothing interrupted."""
+    out = rows / "whole"
+    both = command(forks, *finetuning(rows, out), WATCHED=str(out), ARRAYS=f"{out}.arrays")
+    assert ended(both) == [0, 0], both[0].said() + both[1].said()
+    signs = [sum("manifest.json" in line for line in changes(each)) for each in both]
     assert signs[0] and not signs[1]
-    rng, kills, chain = random.Random(3), [], 0
-    out = tmp_path / "chain-0"
-    while len(kills) < 20:
-        victims = rng.choice(([0], [1], [0, 1]))
-        before, running = signed(out), command(forks, *finetuning(rows, out))
-        running[0].until(lambda: signed(out) - before or over(running))  # noqa: B023
+    assert [began_at(each) for each in both] == [0, 0] and record(out)["resumed_at"] == []
+    names = [set(np.load(f"{out}.arrays-{n}.npz").files) for n in (0, 1)]
+    parts = names[0] ^ names[1]  # what only one of them holds
+    assert any(name.startswith("trainable") for name in parts)
+    assert any(name.startswith("opt_state") for name in parts)
+    return out
+
+
+def killed_in(stage, rng, running, file, out):
+    """Kill one of two processes, or both, where `file` says that one of them halts, or a moment
+    after the next save; then the other one. Who was killed first, and where.
+    """
+    victims, where, before = rng.choice(([0], [1], [0, 1])), "at any time", signed(out)
+    if stage == "run":
+        running[0].until(lambda: signed(out) - before or over(running))
         time.sleep(rng.uniform(0, 0.5))
-        for number in victims:
-            running[number].send_signal(signal.SIGKILL)
-        time.sleep(rng.uniform(0, 0.3))
-        for each in running:  # as a scheduler does with the others of a job
-            each.send_signal(signal.SIGKILL)
+    else:
+        running[0].until(lambda: file.exists() or over(running))
+        where = file.read_text() if file.exists() else "nowhere"
+    for number in victims:
+        running[number].send_signal(signal.SIGKILL)
+        running[number].wait()
+    file.unlink(missing_ok=True)  # the one that halted goes on, if it lives
+    time.sleep(rng.uniform(0, 0.3))
+    for each in running:  # as a scheduler does with the others of a job
+        each.send_signal(signal.SIGKILL)
+    return victims, where
+
+
+@pytest.mark.slow
+def test_two_processes_that_are_killed_end_with_the_same_bits(tmp_path, rows, whole, forks):
+    rng, file = random.Random(3), tmp_path / "held"
+    plans = rng.sample(("save", "finalise", "delete", "run") * 6, 24)
+    kills, resumed, chain, at = [], 0, 0, 0
+    while True:
+        out, stage = tmp_path / f"chain-{chain}", plans.pop() if plans else "none"
+        before, only = newest(saved(out)), [{}, {}]
+        if stage not in ("run", "none"):  # the first one alone finalises and deletes
+            holder = rng.randrange(2) if stage == "save" else 0
+            only[holder] = {"HELD": f"{stage} {rng.randint(1, 40)} {file}"}
+        running = start(forks, rows, out, only)
+        if stage != "none":
+            victims, where = killed_in(stage, rng, running, file, out)
         codes = ended(running)  # JAX may have ended the other one, by SIGABRT
-        if any(codes):
-            kills.append(victims)
-        else:
-            assert stored(out) == stored(tmp_path / "whole")
-            chain, out = chain + 1, tmp_path / f"chain-{chain + 1}"
-    print(f"{len(kills)} kills: {kills}")
-    last = command(forks, *finetuning(rows, out))
-    assert ended(last) == [0, 0], last[0].said() + last[1].said()
-    assert stored(out) == stored(tmp_path / "whole")
-    assert not signed(out) and not out.with_name(f"{out.name}.checkpoints").exists()
+        steps = [step for step in map(began_at, running) if step is not None]
+        assert set(steps) <= {before}, (steps, before)  # at most the work since a save is lost
+        resumed, at = resumed + any(steps), max([*steps, at])
+        if -signal.SIGKILL in codes:
+            assert newest(saved(out)) >= before or (out / "record.json").exists()
+            kills.append((stage, victims, where))
+            continue
+        assert codes == [0, 0], running[0].said() + running[1].said()
+        assert_same(out, whole)
+        assert record(out)["resumed_at"][-1:] == [at] * (at > 0)
+        chain, at = chain + 1, 0
+        if not plans:
+            break
+    print(f"{len(kills)} kills, {resumed} sessions went on, {chain} runs: {kills}")
+    stages = [stage for stage, *_ in kills]
+    assert len(kills) >= 20 and all(stages.count(stage) >= 4 for stage in set(stages))
+    assert len(set(stages)) == 4 and resumed >= 15
+    assert "nowhere" not in [where for *_, where in kills]
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_of_two_stops_both_and_they_go_on(tmp_path, rows, whole, forks):
+    out, stops = tmp_path / "out", []
+    for number in (1, 0):
+        both = start(forks, rows, out, seconds=3600)  # only the signal saves
+        both[number].until(lambda: began_at(both[number]) is not None)  # noqa: B023
+        both[number].send_signal(signal.SIGTERM)
+        assert ended(both) == [75, 75], both[0].said() + both[1].said()
+        stopped = [re.search(r"stopped after step (\d+) of", each.said()) for each in both]
+        assert int(stopped[0][1]) == int(stopped[1][1]) == newest(saved(out))
+        assert not out.exists() and began_at(both[0]) == (stops or [0])[-1]
+        stops.append(newest(saved(out)))
+    both = start(forks, rows, out, seconds=3600)
+    assert ended(both) == [0, 0], both[0].said() + both[1].said()
+    assert_same(out, whole)
+    assert record(out)["resumed_at"] == stops == sorted(set(stops))
+
+
+@pytest.mark.slow
+def test_a_second_signal_to_one_of_two_ends_it_at_once(tmp_path, rows, whole, forks):
+    out, file = tmp_path / "out", tmp_path / "held"
+    both = first, second = start(forks, rows, out, ({"HELD": f"finalise 20 {file}"}, {}))
+    first.until(file.exists)  # no save ends while it halts
+    second.send_signal(signal.SIGINT)
+    second.until(lambda: "once more to stop at once" in second.said())
+    assert second.poll() is None
+    second.send_signal(signal.SIGINT)
+    assert second.wait(5) == 128 + signal.SIGINT
+    file.unlink()
+    began = time.monotonic()
+    assert first.wait(150) not in (0, 75)
+    print(f"the other one ends {time.monotonic() - began:.0f} s later, with {first.returncode}")
+    step = newest(saved(out))
+    both = start(forks, rows, out)
+    assert ended(both) == [0, 0], both[0].said() + both[1].said()
+    assert began_at(both[0]) == step > 0
+    assert_same(out, whole)

@@ -7,11 +7,12 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from jax_lowrank import results, workers
+from jax_lowrank import cli, results, workers
 from jax_lowrank.config import MethodSpec, ModelSpec, Study, TaskSpec, TrainSpec
 from jax_lowrank.mirror import Mirror
 from jax_lowrank.study import schedule
@@ -32,6 +33,32 @@ def test_shards():
     assert shard_of(None, {"JOB_COMPLETION_INDEX": "1"}) == Shard(0, 1)
     items = list(range(11))
     assert sorted(item for i in range(4) for item in Shard(i, 4).part(items)) == items
+
+
+def test_a_study_takes_its_shard_from_the_scheduler(tmp_path, monkeypatch, capsys):
+    given = []
+
+    def execute(prepared, note, shard, curves, *, together):
+        given.append(shard)
+        return 3
+
+    monkeypatch.setattr(cli, "use_fast_memory", lambda: None)
+    monkeypatch.setattr(cli, "set_up_jax", lambda: None)
+    monkeypatch.setattr("jax_lowrank.study.prepare", lambda *a, **k: None)
+    monkeypatch.setattr("jax_lowrank.study.execute", execute)
+    line = ["study", str(DEMO), "--out", str(tmp_path)]
+    job = {"JOB_COMPLETION_INDEX": "1", "JOB_COMPLETIONS": "4"}
+    slurm = {"SLURM_ARRAY_TASK_ID": "2", "SLURM_ARRAY_TASK_COUNT": "3"}
+    for more, names in (([], {}), ([], job), ([], slurm), (["--shard", "0/2"], slurm)):
+        with monkeypatch.context() as patch:
+            for name, value in names.items():
+                patch.setenv(name, value)
+            assert cli.main([*line, *more]) == 0
+        assert "3 runs of other shards are not: no report yet" in capsys.readouterr().out
+    assert given == [Shard(0, 1), Shard(1, 4), Shard(2, 3), Shard(0, 2)]
+
+
+DEMO = Path(__file__).parents[1] / "configs" / "demo.py"
 
 
 @pytest.mark.parametrize("text", ["3", "3/3", "a/b", "-1/2", "1/0"])

@@ -67,9 +67,11 @@ wait_active() {
 setup() {
     go git archive --format tar.gz --output lowrank.tar.gz HEAD
     go gcloud compute tpus tpu-vm scp lowrank.tar.gz "$NAME:" "${where[@]}" --worker=all
+    # The images' own Python is too old, some of them want no packages in it: uv finds or gets one.
     on_all "mkdir -p lowrank && tar xzf lowrank.tar.gz -C lowrank && cd lowrank \
-&& python3 -m venv .venv && .venv/bin/pip install -q -c constraints.txt -e .[tpu]\
-${MIRROR:+ gcsfs}"
+&& PIP_BREAK_SYSTEM_PACKAGES=1 python3 -m pip install -q --user uv \
+&& python3 -m uv venv -q --allow-existing --python '>=3.11,<3.14' \
+&& python3 -m uv pip install -q -c constraints.txt -e .[tpu]${MIRROR:+ gcsfs}"
     if [ -n "$SHARE" ]; then
         on_all "sudo apt-get install -qqy nfs-common && sudo mkdir -p /mnt/lowrank \
 && { mountpoint -q /mnt/lowrank || sudo mount -t nfs $SHARE /mnt/lowrank; } \
@@ -101,6 +103,7 @@ fetch() {
         go mkdir -p "$RESULTS" && go gcloud storage rsync --recursive "$MIRROR" "$RESULTS"
         return
     fi
+    go mkdir -p "$(dirname "$RESULTS")"
     go gcloud compute tpus tpu-vm scp --recurse "$NAME:$OUT" "$RESULTS" "${where[@]}" --worker=0
 }
 
