@@ -236,7 +236,7 @@ PAGE = (SCRIPTS / "README.md").read_text(encoding="utf-8")
 SHOWN = re.findall(r"^ {4}.*?tpu_scripts/(\S+\.(?:sh|sbatch))([^#\n]*)", PAGE, re.MULTILINE)
 
 
-@pytest.mark.parametrize("script, words", sorted(set(SHOWN)), ids=" ".join)
+@pytest.mark.parametrize("script, words", sorted(set(SHOWN)), ids=str.strip)
 def test_every_command_on_the_page_can_be_tried(script, words):
     arguments = words.replace("--dry-run", "").split()
     assert printed(script, "--dry-run", *arguments)
