@@ -105,8 +105,8 @@ class Checkpoints:
 
         Raises CheckpointError where the last save failed.
         """
-        self.check()
         busy = self._writer is not None and self._writer.is_alive()
+        self.check()  # after `busy`: a writer that has ended has said what failed
         now = not busy and time.monotonic() - self._last >= self.seconds
         now, self.asked = anywhere(now, self._signalled)
         return now or self.asked

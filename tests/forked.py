@@ -116,6 +116,8 @@ def begin(request):
         tell_writes(os.environ["WATCHED"])
     if "ARRAYS" in os.environ:
         held.keep_arrays(os.environ["ARRAYS"])
+    if "FULL" in os.environ:
+        held.fill_disk(os.environ["FULL"])
     if "HELD" in os.environ:
         held.hold(*os.environ["HELD"].split())
     return importlib.import_module(request["start"]).main(request["arguments"])

@@ -2,8 +2,9 @@
 where its training began, and the arrays that it ended with. Nothing of it is in the package.
 
 A process with HELD="STAGE NUMBER FILE" in its environment makes FILE at the NUMBER-th of its
-changes that belong to the stage, before the change is made, and waits until FILE is deleted. One
-with ARRAYS="FILE" says at which step it goes on, and writes FILE-PROCESS.npz when training is over.
+changes that belong to the stage, before the change is made, and waits until FILE is deleted; with
+FULL="NUMBER" these changes of a save fail from the NUMBER-th on. One with ARRAYS="FILE" says at
+which step it goes on, and writes FILE-PROCESS.npz when training is over.
 """
 
 import hashlib
@@ -63,6 +64,20 @@ def hold(stage, number, file):
             partial.rename(file)
             while file.exists():
                 time.sleep(0.002)
+
+    sys.addaudithook(hook)
+
+
+def fill_disk(number):
+    """From the number-th change of a save on, every one of this process fails."""
+    changes = itertools.count(1)
+
+    def hook(event, arguments):
+        if event in ("open", "os.mkdir"):
+            writes = event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR)
+            saves = stage_of(event, full_path(event, arguments), writes) == "save"
+            if saves and next(changes) >= int(number):
+                raise OSError(28, "No space left on device")
 
     sys.addaudithook(hook)
 

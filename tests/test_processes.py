@@ -287,3 +287,17 @@ def test_a_second_signal_to_one_of_two_ends_it_at_once(tmp_path, rows, whole, fo
     assert ended(both) == [0, 0], both[0].said() + both[1].said()
     assert began_at(both[0]) == step > 0
     assert_same(out, whole)
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_full_for_one_of_two_stops_both(tmp_path, rows, whole, forks):
+    out = tmp_path / "out"
+    first, second = start(forks, rows, out, ({}, {"FULL": "3"}))
+    codes = ended((first, second), 120)  # the first one waits for its part, until JAX ends both
+    assert not {0, 75}.intersection(codes), codes
+    assert "could not be saved: [Errno 28] No space left on device" in second.said()
+    step = newest(saved(out))
+    both = start(forks, rows, out)
+    assert ended(both) == [0, 0], both[0].said() + both[1].said()
+    assert began_at(both[0]) == step > 0
+    assert_same(out, whole)
