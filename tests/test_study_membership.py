@@ -108,6 +108,7 @@ def study_of(folder, methods, audit, replace=()):
     return config, folder / "out"
 
 
+@pytest.mark.slow
 def test_a_published_study_end_to_end(tmp_path):
     """Sixteen shadows of the target's size; no audited row is in any; records and page say so."""
     config, out = study_of(
@@ -188,6 +189,7 @@ def test_shadows_are_trained_as_their_targets_on_other_rows(audited):
     assert (out / "report" / "membership.csv").is_file()
 
 
+@pytest.mark.slow
 def test_more_shadows_keep_those_that_are_there(audited, monkeypatch, capsys):
     config, out = audited
     before = {p.name: p.stat().st_mtime_ns for p in (out / "runs").iterdir()}

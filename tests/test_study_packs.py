@@ -115,6 +115,7 @@ def told(run: Path) -> dict[tuple, float]:
     return found
 
 
+@pytest.mark.slow
 def test_a_study_in_packs_gives_what_its_runs_give_alone(config, packed, monkeypatch, capsys):
     monkeypatch.setattr(cli, "use_fast_memory", lambda: None)
     monkeypatch.setattr(cli, "set_up_jax", lambda: None)
@@ -152,6 +153,7 @@ def test_a_study_in_packs_gives_what_its_runs_give_alone(config, packed, monkeyp
     assert diverged == 1
 
 
+@pytest.mark.slow
 def test_a_pack_that_is_stopped_goes_on_with_all_its_members(
     prepared, packed, tmp_path, monkeypatch
 ):
