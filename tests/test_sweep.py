@@ -18,6 +18,7 @@ from tiny import FIXTURES, apply_of, model_of, same_bytes
 from jax_lowrank import infer, models, sweep, train
 from jax_lowrank.adapt import METHODS
 from jax_lowrank.adapt.method import count
+from jax_lowrank.checkpoint import Checkpoints, Interrupted
 from jax_lowrank.data import LabelledBatches, make_batches
 from jax_lowrank.models.head import Head
 from jax_lowrank.sweep import score, step
@@ -199,6 +200,36 @@ def test_a_cell_that_diverges_leaves_the_others_alone():
     for k in (1, 2):
         assert same_bytes(found[k].trainable, out[k].trainable)
         np.testing.assert_array_equal(curve(told[k]), curve(lines[k]))
+
+
+def test_a_sweep_that_is_stopped_goes_on_with_other_lanes(tmp_path):
+    short = [c._replace(schedule=c.schedule._replace(num_steps=12)) for c in mixed()[0]]
+    whole, _ = together(short, train.causal_lm_loss, corpus(), (1, 2))
+    fall, left, lines = falling(), [5], [[] for _ in short]
+
+    class Stopped(Checkpoints):
+        def due(self):
+            left[0] -= 1
+            self.asked = left[0] == 0
+            return self.asked
+
+    def session(plan):
+        return sweep.fit(
+            program=program(train.causal_lm_loss),
+            cells=short,
+            batches=corpus(),
+            validate=lambda state: [fall(state)] * 3,
+            log=lambda k, line: lines[k].append(line),
+            steps_per_call=1,
+            plan=step.Plan(*plan),
+            checkpoints=Stopped(tmp_path, "f"),
+        )
+
+    with pytest.raises(Interrupted, match="after step 5 of 12"):
+        session((1, 1))  # three cells; with packs of two there is a surplus one
+    for one, other in zip(session((1, 2)), whole, strict=True):
+        assert one.resumed_at == (5,) and one.best_step == other.best_step == 12
+        assert distance(one.trainable, other.trainable) < RTOL
 
 
 def test_every_cell_keeps_its_own_best_state():

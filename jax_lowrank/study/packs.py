@@ -74,8 +74,8 @@ class Packing:
         self.p, self.tokens, self.steps, self.beside = prepared, tokens, steps, beside
         self.specs = {spec.label: spec for spec in prepared.study.methods}
         self.devices = 1 if prepared.mesh is None else prepared.mesh.size
-        # Wider products gain nothing for runs of so many tokens, only cores without a run do.
         self.lanes = num_lanes() if self.devices == 1 else 1
+        # Wider products gain nothing for runs of so many tokens, only cores without a run do.
         self.busy = self.devices * pack_limit() < 2 * tokens
         self.sizes: dict[str, int] = {}  # label -> parameters that are trained
         self.rooms: dict[str, int] = {}  # label -> runs that memory has room for

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -103,16 +104,24 @@ class Sweep:
         self.began = time.perf_counter()
 
     def arrays(self) -> dict[str, Any]:
-        """Every array that the rest of the sweep depends on and that the cells do not give."""
-        return {"trainable": self.trainable, "opt_state": self.opt, "best": self.best}
+        """Every array that the rest of the sweep depends on and that the cells do not give.
+
+        On one device those of surplus cells are left out: with other lanes there are others.
+        """
+        state = {"trainable": self.trainable, "opt_state": self.opt, "best": self.best}
+        if self.mesh is not None:
+            return state
+        return jax.tree.map(lambda x: x[: len(self.cells)], state)
 
     def resume(self, checkpoints: Checkpoints | None) -> bool:
         """Go on where the newest good checkpoint is; whether there was one."""
         saved = checkpoints.restore(self.arrays()) if checkpoints else None
         if saved is None:
             return False
-        self.trainable, self.opt = saved.state["trainable"], saved.state["opt_state"]
-        self.best = jax.tree.map(np.array, saved.state["best"])
+        total = len(self.settings.clip)
+        state = jax.tree.map(lambda x: _filled(x, total), saved.state)
+        self.trainable, self.opt = state["trainable"], state["opt_state"]
+        self.best = jax.tree.map(np.array, state["best"])
         facts = saved.facts
         self.step, self.tokens, self.lines = facts["step"], facts["tokens"], facts["lines"]
         self.found = [Best(*pair) for pair in facts["found"]]
@@ -253,6 +262,13 @@ class Sweep:
             speed = self.tokens[k] / share
             out.append(Fitted(state, *self.found[k], end, share, speed, self.resumed_at))
         return out
+
+
+def _filled(x, total: int):
+    """(K, ...) -> (total, ...), the last cell again for the surplus ones."""
+    if len(x) == total:
+        return x
+    return (np if isinstance(x, np.ndarray) else jnp).concatenate([x, *[x[-1:]] * (total - len(x))])
 
 
 def _cells_first(x: np.ndarray, surplus: int) -> np.ndarray:
