@@ -17,9 +17,8 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from safetensors.numpy import save_file
 
-from jax_lowrank import data, masking, models, provenance, results, sharding, train
+from jax_lowrank import data, masking, models, provenance, results, sharding, train, trainable_file
 from jax_lowrank.adapt import lora
 from jax_lowrank.adapt.method import count, dtypes
 from jax_lowrank.checkpoint import Checkpoints
@@ -380,8 +379,6 @@ def write(job: Job, record: dict, log: list[dict], outputs: dict, weights: Mappi
 
     def fill(partial: Path) -> None:
         (partial / "config.json").write_text(json.dumps(resolved(job), indent=1))
-        arrays = {path: np.ascontiguousarray(array) for path, array in weights.items()}
-        save_file(arrays, partial / "trainable.safetensors")
         (partial / "record.json").write_text(json.dumps(record, indent=1))
         splits = {name: list(split.ids) for name, split in job.data.splits.items()}
         (partial / "splits.json").write_text(json.dumps(splits))
@@ -389,7 +386,8 @@ def write(job: Job, record: dict, log: list[dict], outputs: dict, weights: Mappi
         (partial / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
         np.savez_compressed(partial / "predictions.npz", **predictions)
 
-    once(lambda: results.write_directory(job.out, fill))
+    begun = trainable_file.begin(job.out, weights)
+    once(lambda: results.write_directory(job.out, fill, begun))
 
 
 def summary(record: dict) -> list[str]:

@@ -105,10 +105,20 @@ def _to_json(rows: Rows) -> dict:
     }
 
 
-def write_directory(final: Path, write: Callable[[Path], None]) -> Path:
-    """Have `write` fill a directory that appears at `final` whole or not at all."""
+def begin_directory(final: Path) -> Path:
+    """An empty directory for `write_directory` to go on with."""
     final.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".partial-{final.name}-", dir=final.parent))
+    return Path(tempfile.mkdtemp(prefix=f".partial-{final.name}-", dir=final.parent))
+
+
+def write_directory(
+    final: Path, write: Callable[[Path], None], partial: Path | None = None
+) -> Path:
+    """Have `write` fill a directory that appears at `final` whole or not at all.
+
+    partial: one that was begun, with what is in it.
+    """
+    partial = begin_directory(final) if partial is None else partial
     try:
         write(partial)
         for file in partial.iterdir():
@@ -129,22 +139,26 @@ def write_run(
     log: list[dict],
     arrays: Mapping[str, np.ndarray] | None = None,
     completions: Mapping[str, list[list[str]]] | None = None,
-    weights: Mapping[str, np.ndarray] | None = None,
+    partial: Path | None = None,
 ) -> Path:
-    """Write a run under STUDY/runs/FINGERPRINT, whole or not at all, and return that directory."""
+    """Write a run under STUDY/runs/FINGERPRINT, whole or not at all, and return that directory.
 
-    def write(partial: Path) -> None:
-        (partial / "record.json").write_text(json.dumps(record, indent=1))
-        (partial / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
+    partial: as in `write_directory`.
+    """
+
+    def write(folder: Path) -> None:
+        (folder / "record.json").write_text(json.dumps(record, indent=1))
+        (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
         if arrays is not None:
-            np.savez_compressed(partial / "outputs.npz", **arrays)
-            (partial / "completions.json").write_text(json.dumps(completions))
-        if weights:
-            from safetensors.numpy import save_file
+            np.savez_compressed(folder / "outputs.npz", **arrays)
+            (folder / "completions.json").write_text(json.dumps(completions))
 
-            save_file(dict(weights), partial / "trainable.safetensors")
+    return write_directory(run_directory(directory, record), write, partial)
 
-    return write_directory(directory / "runs" / record["fingerprint"], write)
+
+def run_directory(directory: Path, record: Mapping[str, Any]) -> Path:
+    """Where a study in `directory` keeps the run of a record."""
+    return directory / "runs" / record["fingerprint"]
 
 
 def write_trained_on(directory: Path, hashes: list[str]) -> None:

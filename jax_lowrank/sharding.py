@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -196,6 +196,8 @@ def _move(array, sharding: NamedSharding):
     old = getattr(array, "sharding", None)
     if old == sharding:
         return array
+    if isinstance(old, NamedSharding) and old.memory_kind != sharding.memory_kind:
+        return _move(_in_memory(array, sharding.memory_kind), sharding)
     if isinstance(old, NamedSharding) and old.is_equivalent_to(sharding, array.ndim):
         parts = [shard.data for shard in array.addressable_shards]
         return jax.make_array_from_single_device_arrays(array.shape, sharding, parts)
@@ -289,17 +291,57 @@ def put_rows(tree, like):
     return jax.tree.map(place, tree)
 
 
+def _is_here(leaf) -> bool:
+    """Whether this process has all of an array."""
+    return getattr(leaf, "is_fully_addressable", True) or leaf.is_fully_replicated
+
+
 def fetch(tree):
     """Host copies of arrays, wherever their parts are; every process must take part."""
 
     def one(leaf):
-        if getattr(leaf, "is_fully_addressable", True) or leaf.is_fully_replicated:
+        if _is_here(leaf):
             return leaf
         from jax.experimental import multihost_utils
 
-        return multihost_utils.process_allgather(leaf, tiled=True)
+        return multihost_utils.process_allgather(_in_memory(leaf, "device"), tiled=True)
 
     return jax.device_get(jax.tree.map(one, tree))
+
+
+def hold(tree):
+    """A copy in the host's memory that outlives donation: NumPy arrays, but of what is cut over
+    processes the parts that are here, so that no host holds all of a large model."""
+    return jax.tree.map(
+        lambda leaf: jax.device_get(leaf) if _is_here(leaf) else _in_memory(leaf, "pinned_host"),
+        tree,
+    )
+
+
+def _in_memory(array: Array, kind: str) -> Array:
+    """An array in another of its devices' memories; each process moves its own parts."""
+    parts = [
+        jax.device_put(shard.data, shard.data.sharding.with_memory_kind(kind))
+        for shard in array.addressable_shards
+    ]
+    sharding = array.sharding.with_memory_kind(kind)
+    return jax.make_array_from_single_device_arrays(array.shape, sharding, parts)
+
+
+def pieces(array) -> Iterator[np.ndarray]:
+    """Host copies of an array's parts, which make it up along its first axis: of a stack of layers
+    that is cut over processes one at a time. Every process must take part, and gets them all."""
+    if _is_here(array) or array.ndim < 3:
+        yield fetch(array)
+    else:
+        array = _in_memory(array, "device")
+        for i in range(array.shape[0]):
+            yield fetch(_layer(array, i))
+
+
+@jax.jit
+def _layer(stack: Array, i: Array) -> Array:
+    return jax.lax.dynamic_index_in_dim(stack, i)
 
 
 def pin(mesh: Mesh | None) -> Callable[[Array, tuple[str | None, ...]], Array]:

@@ -53,9 +53,9 @@ class Schedule(NamedTuple):
 
 
 class Fitted(NamedTuple):
-    """The trainable state at the best validation, on the host, and what training was like."""
+    """The trainable state at the best validation, and what training was like."""
 
-    trainable: State
+    trainable: State  # on the host, see sharding.hold
     best_step: int
     validation_loss: float
     num_steps: int
@@ -279,7 +279,7 @@ class Training:
         self.trainable, self.opt_state, self.key = trainable, opt_state, key
         self.log, self.num_steps, self.checkpoints = log, num_steps, checkpoints
         self.step, self.tokens, self.lines, self.resumed_at = 0, 0, [], ()
-        self.best, self.best_step, self.best_loss = sharding.fetch(trainable), 0, math.inf
+        self.best, self.best_step, self.best_loss = sharding.hold(trainable), 0, math.inf
         self.pending: tuple[Any, ...] | None = None
         self.began = time.perf_counter()
         self.mark = (self.began, 0)  # when speed was last told, and of how many tokens
@@ -374,7 +374,7 @@ class Training:
         self.mark = (time.perf_counter(), self.mark[1])
         self.tell({"step": self.step, "validation_loss": loss})
         if loss < self.best_loss:
-            self.best, self.best_step = sharding.fetch(self.trainable), self.step
+            self.best, self.best_step = sharding.hold(self.trainable), self.step
             self.best_loss = loss
 
     def tell(self, line: dict) -> None:

@@ -43,6 +43,7 @@ ALLOWED = {
     "train": ("adapt.method", "sharding", "checkpoint", "data"),
     "infer": ("adapt.method", "sharding", "checkpoint", "data", "masking"),
     "sweep": ("sweep", "train", "infer", "adapt", "checkpoint", "sharding"),
+    "trainable_file": ("processes", "results", "sharding"),
     "shadows": (),
     "config_file": ("config",),
     "config_run": ("config",),

@@ -12,7 +12,16 @@ from huggingface_hub import ModelCard
 from safetensors.numpy import save_file
 from tiny import FIXTURES, apply_of, assert_close, folder_of, logits_of, oracle_of, same_bytes
 
-from jax_lowrank import adapters, cli, export, model_card, models, provenance, results
+from jax_lowrank import (
+    adapters,
+    cli,
+    export,
+    model_card,
+    models,
+    provenance,
+    results,
+    trainable_file,
+)
 from jax_lowrank.adapt import METHODS, peft_format
 from jax_lowrank.config import MethodSpec, plain
 from jax_lowrank.models.head import Head
@@ -108,8 +117,9 @@ def study_run(folder, base, *, path, kind="final", method="lora"):
         "validation_loss": 1.25,
     }
     arrays = {path: np.asarray(v) for path, v in models.by_path(trained.trainable).items()}
-    weights = arrays if kind == "final" else None
-    return results.write_run(study, record, [], weights=weights), trained
+    weights = arrays if kind == "final" else {}
+    begun = trainable_file.begin(results.run_directory(study, record), weights)
+    return results.write_run(study, record, [], partial=begun), trained
 
 
 def merged(trained):

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import tiny_text
 from held import began_at, newest, same_arrays
+from safetensors.numpy import load_file
 from test_sharding import free_port
 from test_study import CONFIG
 
@@ -187,9 +188,27 @@ def whole(rows, forks):
     assert [began_at(each) for each in both] == [0, 0] and record(out)["resumed_at"] == []
     names = [set(np.load(f"{out}.arrays-{n}.npz").files) for n in (0, 1)]
     parts = names[0] ^ names[1]  # what only one of them holds
-    assert any(name.startswith("trainable") for name in parts)
-    assert any(name.startswith("opt_state") for name in parts)
+    for state in ("trainable", "opt_state", "best"):
+        assert any(name.startswith(f"{state}.") for name in parts)
     return out
+
+
+@pytest.mark.slow
+def test_the_file_of_what_was_trained_is_made_up_of_the_processes_parts(whole):
+    written, numbers = load_file(whole / "trainable.safetensors"), {}
+    for n in (0, 1):
+        with np.load(f"{whole}.arrays-{n}.npz") as arrays:
+            for name in arrays.files:
+                state, _, place = name.partition(" ")
+                if state.startswith("best."):
+                    path = state.removeprefix("best.").removesuffix(".value")
+                    index = eval(place or "...", {"slice": slice})
+                    np.testing.assert_array_equal(written[path][index], arrays[name])
+                    numbers[path, place] = arrays[name].size
+    sizes = dict.fromkeys(written, 0)
+    for (path, _), size in numbers.items():
+        sizes[path] += size
+    assert sizes == {path: array.size for path, array in written.items()}
 
 
 def killed_in(stage, rng, running, file, out):

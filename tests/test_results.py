@@ -26,8 +26,9 @@ COMPLETIONS = {"tuned": [["a “quoted” text", "</script>"]]}
 def test_round_trip(tmp_path):
     results.open_study(tmp_path, STUDY, ROWS)
     log = [{"step": 1, "loss": 0.5}, {"step": 2, "loss": 0.25}]
-    weights = {"blocks.a": np.ones((2, 3), np.float32)}
-    folder = results.write_run(tmp_path, RECORD, log, ARRAYS, COMPLETIONS, weights)
+    begun = results.begin_directory(results.run_directory(tmp_path, RECORD))
+    (begun / "more.bin").write_bytes(b"more")
+    folder = results.write_run(tmp_path, RECORD, log, ARRAYS, COMPLETIONS, begun)
     results.write_run(tmp_path, {**RECORD, "fingerprint": "0" * 16}, [])
     assert folder == tmp_path / "runs" / RECORD["fingerprint"]
     study = results.read_study(tmp_path)
@@ -46,7 +47,7 @@ def test_round_trip(tmp_path):
         np.testing.assert_array_equal(final.arrays[name], array)
     lines = (folder / "log.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == log
-    assert (folder / "trainable.safetensors").is_file()
+    assert (folder / "more.bin").read_bytes() == b"more" and not begun.exists()
     assert results.finished(tmp_path, RECORD["fingerprint"]) == RECORD
     assert results.finished(tmp_path, "1" * 16) is None
     results.set_runs(tmp_path, [RECORD["fingerprint"]])

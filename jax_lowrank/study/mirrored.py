@@ -8,10 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import Any
 
-import numpy as np
-
-from jax_lowrank import provenance, results
+from jax_lowrank import provenance, results, trainable_file
 from jax_lowrank.checkpoint import Checkpoints
 from jax_lowrank.mirror import Mirror
 from jax_lowrank.processes import once
@@ -63,10 +62,11 @@ def write_run(
     record: Mapping,
     log: list[dict],
     measured: Sequence = (),
-    weights: Mapping[str, np.ndarray] | None = None,
+    weights: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a run, here and then in the mirror. measured: arrays and completions, if any."""
-    once(lambda: results.write_run(p.out, record, log, *measured, weights=weights))
+    begun = trainable_file.begin(results.run_directory(p.out, record), weights or {})
+    once(lambda: results.write_run(p.out, record, log, *measured, partial=begun))
     once(lambda: p.mirror.push(f"runs/{record['fingerprint']}"))
 
 

@@ -241,10 +241,11 @@ def make_base(
             checkpoints=checkpoints,
         )
     note(f"pretrained in {clock(fitted.seconds)}: {fitted.validation_loss:.3f} nats per token")
+    weights = sharding.fetch(fitted.trainable)
 
     def write(directory: Path) -> None:
         tokens = {name: getattr(text.tokenizer, name) for name in ("bos_token_id", "eos_token_id")}
-        models.save(directory, model, fitted.trainable, tokens=tokens)
+        models.save(directory, model, weights, tokens=tokens)
         text.tokenizer.save_pretrained(directory)
         summary = {
             "steps": fitted.num_steps,
