@@ -1,7 +1,7 @@
 """What does the rank do, from none to the full one, when alpha stays, follows it, or its root?
 
     jax-lowrank study configs/ding_ranks.py           (311 runs; some hours on 2 CPU cores)
-    jax-lowrank study configs/ding_ranks.py:smoke     (not run to its end; some minutes)
+    jax-lowrank study configs/ding_ranks.py:smoke     (48 runs; 3 minutes)
     jax-lowrank study configs/ding_ranks.py:audited   (and LiRA: 192 shadow models more)
 
 The rank sweep of arXiv 2405.17512, with its fractional ranks, on the rows of hate_speech.py:
