@@ -15,12 +15,12 @@ from pathlib import Path
 import conftest  # noqa: F401  (strict JAX, as in every test)
 import jax
 import jax.numpy as jnp
+from lowered import shapes_of_a_step
 
 from jax_lowrank import memory, models, sharding, train
 from jax_lowrank.adapt import METHODS
 from jax_lowrank.config import TrainSpec
 from jax_lowrank.models.head import Head
-from jax_lowrank.study.training import bind_to
 
 ROWS, WIDTH = 8, 128
 MESHES = {"one": (1, 1, 1), "data": (8, 1, 1), "fsdp": (1, 8, 1), "mixed": (2, 2, 2)}
@@ -62,34 +62,17 @@ def made(name, dtype):
 
 def analysed(model, method, spec, mesh=None, rows=ROWS):
     """XLA's analysis of a compiled call, optimised as for a real run, on one device of a mesh."""
-    graphdef, trainable, frozen = memory.split(method, model)
-    optimizer = train.make_optimizer(trainable, method, weight_decay=0.0, clip=1.0)
-    steps, opt_state = spec.steps_per_call, jax.eval_shape(optimizer.init, trainable)
-    batches = memory.batch_shapes(steps, rows, WIDTH, model.head.kind)
+    options = {"steps": spec.steps_per_call, "remat": spec.remat, "mesh": mesh}
+    shapes = shapes_of_a_step(model, method, rows, WIDTH, **options)
     if mesh is not None:
-        trainable, opt_state, frozen = (
-            jax.tree.map(placed, tree, sharding.tree_shardings(tree, mesh))
-            for tree in (trainable, opt_state, frozen)
-        )
+        for name in ("trainable", "opt_state", "frozen"):
+            where = sharding.tree_shardings(shapes[name], mesh)
+            shapes[name] = jax.tree.map(placed, shapes[name], where)
         cut = sharding.rows_sharding(mesh, axis=1)
-        batches = jax.tree.map(lambda shape: placed(shape, cut), batches)
+        shapes["batches"] = jax.tree.map(lambda shape: placed(shape, cut), shapes["batches"])
     jax.config.update("jax_disable_most_optimizations", False)
     try:
-        lowered = train.run_steps.lower(
-            apply=bind_to(graphdef, mesh, remat=spec.remat),
-            loss=train.LOSSES[model.head.kind],
-            optimizer=optimizer,
-            accumulate=spec.accumulate,
-            trainable=trainable,
-            opt_state=opt_state,
-            frozen=frozen,
-            batches=batches,
-            rates=jax.ShapeDtypeStruct((steps,), jnp.float32),
-            count=0,
-            key=jax.random.key(0),
-            first=0,
-            keep=sharding.keeper(mesh),
-        )
+        lowered = train.run_steps.lower(**shapes, keep=sharding.keeper(mesh))
         return lowered.compile().memory_analysis()
     finally:
         jax.config.update("jax_disable_most_optimizations", True)

@@ -8,13 +8,11 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import jax
-import jax.numpy as jnp
 import pytest
+from lowered import shapes_of_a_step
 
-from jax_lowrank import memory, models, train
+from jax_lowrank import models, train
 from jax_lowrank.adapt import METHODS
-from jax_lowrank.adapt.method import bind
 from jax_lowrank.models import attention
 from jax_lowrank.models.llama import LlamaConfig
 
@@ -62,25 +60,8 @@ def test_flops_are_those_that_xla_counts(method, monkeypatch):
     model = models.abstract(config.to_hf(models.Head()))
     options = {"rank": rank, "alpha": 16.0} if method == "lora" else {}
     chosen = METHODS[method](**options)
-    graphdef, trainable, frozen = memory.split(chosen, model)
-    optimizer = train.make_optimizer(trainable, chosen, weight_decay=0.1, clip=1.0)
-    counted = (
-        train.run_steps.lower(
-            apply=bind(graphdef, remat="none"),
-            loss=train.causal_lm_loss,
-            optimizer=optimizer,
-            accumulate=1,
-            trainable=trainable,
-            opt_state=jax.eval_shape(optimizer.init, trainable),
-            frozen=frozen,
-            batches=memory.batch_shapes(1, rows, length, "causal-lm"),
-            rates=jax.ShapeDtypeStruct((1,), jnp.float32),
-            count=1,
-            key=jax.random.key(0),
-        )
-        .compile()
-        .cost_analysis()["flops"]
-    )
+    shapes = shapes_of_a_step(model, chosen, rows, length, remat="none")
+    counted = train.run_steps.lower(**shapes).compile().cost_analysis()["flops"]
     half = flops.attention(1, 128, rows, length, causal=True)
     ours = flops.of_llama(method, config, rows, length, rank) + 3 * half
     assert counted == pytest.approx(ours, rel=0.05)

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax._src.cudnn import fused_attention_stablehlo
+from lowered import shapes_of_a_step
 from tiny import NAMES, assert_close, model_of, oracle_of
 
-from jax_lowrank import memory, models, train
+from jax_lowrank import models, train
 from jax_lowrank.adapt import METHODS
-from jax_lowrank.adapt.method import bind, dtypes
+from jax_lowrank.adapt.method import dtypes
 from jax_lowrank.models import attention, splash
 
 
@@ -259,23 +260,9 @@ def test_a_step_for_a_gpu_has_cudnns_attention(method, monkeypatch):
     config, rows, length = models.llama.LlamaConfig(256, 2, 64, 4, 2, 16, 128, 88), 3, 88
     model = models.abstract(config.to_hf(models.Head()), jnp.bfloat16)
     chosen = METHODS[method](**({"rank": 4, "alpha": 8.0} if method == "lora" else {}))
-    graphdef, trainable, frozen = memory.split(chosen, model)
-    assert dtypes(trainable) == ("float32",)
-    optimizer = train.make_optimizer(trainable, chosen, weight_decay=0.1, clip=1.0)
-    traced = train.run_steps.trace(
-        apply=bind(graphdef),
-        loss=train.causal_lm_loss,
-        optimizer=optimizer,
-        accumulate=1,
-        trainable=trainable,
-        opt_state=jax.eval_shape(optimizer.init, trainable),
-        frozen=frozen,
-        batches=memory.batch_shapes(2, rows, length, "causal-lm"),
-        rates=jax.ShapeDtypeStruct((2,), jnp.float32),
-        count=2,
-        key=jax.random.key(0),
-    )
-    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    shapes = shapes_of_a_step(model, chosen, rows, length, steps=2)
+    assert dtypes(shapes["trainable"]) == ("float32",)
+    text = train.run_steps.trace(**shapes).lower(lowering_platforms=("cuda",)).as_text()
     assert "__cudnn$fmhaSoftmax(" in text and "__cudnn$fmhaSoftmaxBackward(" in text
     assert f"x{length}x{length}x" not in text
 

@@ -414,8 +414,9 @@ def test_on_several_devices_packs_give_each_a_member():
     assert sizes(*many) == [[1] * 20]
 
 
-def test_runs_are_alone_below_float32():
-    prepared, steps, named = of(lora(1), lora(2))
-    half = jax.tree.map(lambda x: x.astype("bfloat16"), prepared.model.params)
-    prepared.model = prepared.model._replace(params=half)
-    assert sizes(prepared, steps, named) == [[1], [2]]
+def test_runs_are_alone_below_float32_unless_asked():
+    for size, packs_of in ((0, [[1], [2]]), (2, [[2, 1]])):
+        prepared, steps, named = of(lora(1), lora(2), sweep_size=size)
+        half = jax.tree.map(lambda x: x.astype("bfloat16"), prepared.model.params)
+        prepared.model = prepared.model._replace(params=half)
+        assert sizes(prepared, steps, named) == packs_of

@@ -103,14 +103,15 @@ class Packing:
         """Whether runs of this study are trained together at all.
 
         Not in several processes. Not on several devices that one run keeps busy by its rows: each
-        would have to hold the whole base. Not below float32: filling up a rank would change more
-        there than a result's last digits.
+        would have to hold the whole base. Below float32, where together changes more than a
+        result's last digits, only when the study asks for it.
         """
+        wanted = self.p.study.train.sweep_size
         return (
             not several()
             and not (self.devices > 1 and self.busy)
-            and self.p.study.train.sweep_size != 1
-            and dtypes(self.p.model.params) == ("float32",)
+            and wanted != 1
+            and (wanted > 1 or dtypes(self.p.model.params) == ("float32",))
         )
 
     def resumes(self, one: Named) -> bool:
