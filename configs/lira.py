@@ -1,6 +1,6 @@
 """Does LoRA remember its training rows less than full fine-tuning? LiRA on a real encoder.
 
-    jax-lowrank study configs/lira.py             (39 minutes on 2 CPU cores)
+    jax-lowrank study configs/lira.py             (28 to 39 minutes on 2 CPU cores)
     jax-lowrank study configs/lira.py:smoke       (2 minutes)
     jax-lowrank study configs/lira.py:published   (offline, 16 shadows, as in arXiv 2405.17512,
                                                    but each on as many rows as its target: 160)
