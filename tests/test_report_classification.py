@@ -307,6 +307,19 @@ def test_a_base_model_that_answers_is_measured_beside_the_others(tmp_path):
     assert lines[0][0] == "base" and "p" in lines[0][-1]
 
 
+def test_what_is_undefined_everywhere_is_said_and_not_drawn(case):
+    found = numbers.summary(case)["ece"]
+    drawn = figures.curve(case, "ECE", found)
+    assert "undefined" not in drawn.svg and "undefined" not in drawn.alt
+    nothing = {
+        label: each._replace(value=np.nan, low=np.nan, high=np.nan, reason="no two groups")
+        for label, each in found.items()
+    }
+    empty = figures.curve(case, "ECE", nothing)
+    assert "no two groups" in empty.svg and ">rank<" in drawn.svg and ">rank<" not in empty.svg
+    assert "full undefined" in empty.alt and "nan" not in empty.alt
+
+
 def test_without_answers_the_base_model_says_nothing(case, html):
     assert "base" not in case.outputs and "the model under an untrained head" in html
 

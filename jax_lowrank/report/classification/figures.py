@@ -1,5 +1,8 @@
 """Figures of a classification study: by rank, differences, groups, reliability, group size."""
 
+import math
+import textwrap
+
 import numpy as np
 
 from jax_lowrank.evaluation import calibration, intervals
@@ -216,6 +219,12 @@ def curve(case: Case, title: str, values: dict[str, Estimate]) -> Panel:
     }
 
     def draw(axes) -> None:
+        undefined = [e.reason for e in values.values() if math.isnan(e.value)]
+        if undefined and len(undefined) == len(values):
+            said = "\n".join(["undefined:", *textwrap.wrap(undefined[0], 30)])
+            axes.text(0.5, 0.5, said, transform=axes.transAxes, ha="center", va="center")
+            axes.set_axis_off()
+            return
         for place, pairs in enumerate(lines.values()):
             if pairs:
                 rank_line(axes, place, pairs)
@@ -228,11 +237,15 @@ def curve(case: Case, title: str, values: dict[str, Estimate]) -> Panel:
         rank_axis(axes, sorted({rank for pairs in lines.values() for rank, _ in pairs}))
 
     names = {"base": untuned(case), "full": "full"}
-    parts = [f"{names[role]} {level.value:.3g}" for role, level in levels.items()]
+    parts = [f"{names[role]} {_stated(level)}" for role, level in levels.items()]
     parts += [
-        f"{name} rank {rank:g}: {e.value:.3g}" for name, pairs in lines.items() for rank, e in pairs
+        f"{name} rank {rank:g}: {_stated(e)}" for name, pairs in lines.items() for rank, e in pairs
     ]
     return panel(title, "; ".join(parts), draw)
+
+
+def _stated(value: Estimate) -> str:
+    return "undefined" if math.isnan(value.value) else f"{value.value:.3g}"
 
 
 def _forest_panel(title: str, found: dict, margin: float) -> Panel:
