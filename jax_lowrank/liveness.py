@@ -1,10 +1,10 @@
 """The most memory that a traced function holds at once, counted in its jaxpr.
 
-What compilers do is followed in four things: the same operation on the same values is done once
-and kept for its last reader (such as what a layer computes again and its derivative needs too),
-elementwise results that are only read by other elementwise operations or sums are never stored,
-elementwise results may take the place of an operand that dies, and loops run in place. Everything
-else is stored when it is made and freed after its last use.
+What compilers do is followed in four things: the same operation on the same values is done once and
+kept for its last reader (such as what a layer computes again and its derivative needs too),
+elementwise results that are only read by other elementwise operations or sums are not stored, but
+for dear ones with several readers, elementwise results may take the place of an operand that dies,
+and loops run in place. Everything else is stored when it is made and freed after its last use.
 """
 
 from __future__ import annotations
@@ -165,9 +165,12 @@ def _needed(program: Program) -> list[Op]:
 def _stored(ops: list[Op], program: Program) -> tuple[set[int], list[set[int]]]:
     """Which variables are stored, and the stored ones that each operation reads."""
     readers: dict[int, list[str]] = {}
-    for op in ops:
+    ends: dict[int, set[int]] = {}  # readers of a variable, past what is cheap
+    for step, op in reversed(list(enumerate(ops))):
+        past = set().union(*(ends.get(v, ()) for v in op.outputs)) if op.name in CHEAP else ()
         for v in set(op.inputs):
             readers.setdefault(v, []).append(op.name)
+            ends.setdefault(v, set()).update(past or {step})
     sources = {v: {v} for v in program.inputs}  # variable -> stored ones that it is made from
     stored, reads = set(), []
     for op in ops:
@@ -176,7 +179,7 @@ def _stored(ops: list[Op], program: Program) -> tuple[set[int], list[set[int]]]:
         for v in op.outputs:
             names = readers.get(v, [])
             fused = all(name in ELEMENTWISE or name.startswith("reduce_") for name in names)
-            few = len(names) <= 1 or op.name in CHEAP
+            few = max(len(names), len(ends.get(v, ()))) <= 1 or op.name in CHEAP
             if op.name in ELEMENTWISE and fused and few and v not in program.outputs:
                 sources[v] = read
             elif names or v in program.outputs:

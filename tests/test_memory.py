@@ -43,6 +43,18 @@ def test_products_are_stored_and_elementwise_results_are_not():
     assert peak_of(lambda x, w: kept(x @ w, w), (10, 10), (10, 10)) == 300
 
 
+def test_what_is_dear_is_stored_for_several_readers_past_what_is_cheap():
+    # The tanh is read by one addition, and that by two products: it is not computed for each.
+    def twice(x, v, w):
+        y = jnp.tanh(x) + 1.0
+        return (y * 2.0) @ v, (y * 3.0) @ w
+
+    # It, the first operand and product; the second operand takes its place.
+    assert peak_of(twice, (10, 10), (10, 1), (10, 1)) == 100 + 100 + 10
+    # Read once in the end, past two: not stored.
+    assert peak_of(lambda x, v: (jnp.tanh(x) + 1.0) @ v, (10, 10), (10, 1)) == 100 + 10
+
+
 def test_what_is_done_twice_is_done_once_and_kept():
     def twice(x, w, wide, back):
         return ((x[:5] @ w) @ wide) @ back + x[:5] @ w
@@ -94,6 +106,7 @@ def test_estimates_by_method_and_policy(family, name):
 OTHERS = (
     *("llama:lora:dots:float32:fsdp", "llama:full:dots:float32:fsdp"),
     *("gpt2:lora:dots:float32:fsdp", "llama:lora:dots:float32:mixed"),
+    *("gpt2:lora:dots:float32:mixed", "gpt2:full:dots:float32:mixed"),
     *("llama:full:dots:float32:mixed", "bert:lora:dots:float32:one"),
     *("bert:full:dots:float32:one", "bert:full:none:float32:one"),
 )
