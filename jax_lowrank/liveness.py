@@ -31,14 +31,14 @@ ALIASES = frozenset(
 CHEAP = frozenset(
     (
         *("broadcast_in_dim", "convert_element_type", "iota", "slice", "rev", "pad", "clamp"),
-        *("add", "add_any", "sub", "mul", "square", "neg", "sign", "abs", "max", "min"),
+        *("add", "add_any", "sub", "mul", "div", "square", "neg", "sign", "abs", "max", "min"),
         *("select_n", "not", "and", "or", "xor", "eq", "ne", "lt", "le", "gt", "ge"),
         *("floor", "round", "is_finite", "shift_left", "shift_right_logical"),
     )
 )
 ELEMENTWISE = CHEAP | frozenset(
     (
-        *("div", "rem", "pow", "integer_pow", "exp", "exp2", "expm1", "log", "log1p", "tanh"),
+        *("rem", "pow", "integer_pow", "exp", "exp2", "expm1", "log", "log1p", "tanh"),
         *("logistic", "sin", "cos", "erf", "erf_inv", "sqrt", "rsqrt", "cbrt"),
         *("random_bits", "random_wrap", "random_unwrap", "random_fold_in", "threefry2x32"),
     )

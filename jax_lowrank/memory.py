@@ -132,8 +132,9 @@ def estimate(
     )
     donated = range(len(jax.tree.leaves((trainable, opt_state))))
     size = size_on_device((trainable, frozen), model.config, sizes)
-    state = [device_bytes(tree, sizes) for tree in (frozen, trainable, opt_state)]
-    return Memory(*state, liveness.peak(jaxpr, size, donated))
+    state = Memory(*(device_bytes(tree, sizes) for tree in (frozen, trainable, opt_state)), 0)
+    # XLA copies Adam's two moments into the loop over steps; gradients take the place of one.
+    return state._replace(step=liveness.peak(jaxpr, size, donated) + state.trainable)
 
 
 def of_this_device() -> int:

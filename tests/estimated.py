@@ -3,9 +3,8 @@
     python tests/estimated.py OUT.json CASE ...                (8 virtual CPU devices by XLA_FLAGS)
 
 CASE: MODEL:METHOD:REMAT:DTYPE:MESH, of SIZES, METHODS, memory.PLANNED and MESHES. Seen with jaxlib
-0.10.2 and not within a tenth (estimate over XLA): an encoder's full fine-tuning at remat=full
-(0.89), by 4 MB that are not found yet; and a bfloat16 base (0.45 to 0.48), which XLA computes with
-in float32 on CPU.
+0.10.2 and not within a tenth (estimate over XLA): a bfloat16 base (0.45 to 0.48), which XLA
+computes with in float32 on CPU.
 """
 
 import json

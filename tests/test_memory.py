@@ -108,7 +108,7 @@ OTHERS = (
     *("gpt2:lora:dots:float32:fsdp", "llama:lora:dots:float32:mixed"),
     *("gpt2:lora:dots:float32:mixed", "gpt2:full:dots:float32:mixed"),
     *("llama:full:dots:float32:mixed", "bert:lora:dots:float32:one"),
-    *("bert:full:dots:float32:one", "bert:full:none:float32:one"),
+    *("bert:full:dots:float32:one", "bert:full:none:float32:one", "bert:full:full:float32:one"),
 )
 
 
@@ -146,31 +146,53 @@ def test_more_devices_hold_less_each():
     assert 0.5 * one.total < halved.total < 0.75 * one.total
 
 
-def test_a_7b_model_is_planned_from_its_config_alone(tmp_path):
+LORA = MethodSpec("lora", (1e-4,), rank=16)
+
+
+def llama2_7b(folder, method, rows, tokens):
+    """What is read of Llama-2 7B before a download: its config.json."""
     raw = models.llama.LlamaConfig.llama2_7b().to_hf(models.Head())
-    (tmp_path / "config.json").write_text(json.dumps(raw))
-    spec = FinetuneSpec(
-        model=ModelSpec(str(tmp_path)),
-        method=MethodSpec("lora", (1e-4,), rank=16),
-        train=TrainSpec(batch_size=8, max_length=1024),
-        mesh=MeshSpec(),
-    )
-    said = memory.plan(spec, 8).splitlines()
-    assert "data 1 x fsdp 8 x tensor 1" in said[0]
+    (folder / "config.json").write_text(json.dumps(raw))
+    train_spec = TrainSpec(batch_size=rows, max_length=tokens)
+    return FinetuneSpec(ModelSpec(str(folder)), method=method, train=train_spec, mesh=MeshSpec())
+
+
+def planned(spec, devices):
+    """A plan's rows by policy, GB: frozen, trained, optimizer, step, all."""
+    said = memory.plan(spec, devices).splitlines()
+    assert f"data 1 x fsdp {devices} x tensor 1" in said[0]
     rows = {line.split()[0]: [float(x) for x in line.split()[1:]] for line in said[2:]}
     assert rows.keys() == set(memory.PLANNED)
+    return rows
+
+
+def test_a_7b_model_is_planned_from_its_config_alone(tmp_path):
+    spec = llama2_7b(tmp_path, LORA, 8, 1024)
+    rows = planned(spec, 8)
     # 6.74e9 parameters of 2 bytes on 8 devices. Of the factors of 4 bytes, 14.68e6 lie along a
     # dimension that fsdp cuts, the other 25.30e6 are whole.
     assert rows["dots"][0] == pytest.approx(6.738e9 * 2 / 8 / 1e9, abs=0.01)
     assert rows["dots"][1] == pytest.approx((25.30e6 + 14.68e6 / 8) * 4 / 1e9, abs=0.006)
     assert rows["none"][3] > rows["dots"][3] > rows["full"][3]
-    page = (Path(__file__).parent.parent / "tpu_scripts" / "README.md").read_text(encoding="utf-8")
-    (row,) = re.findall(r"LoRA r=16, all linear \| 8 \| 1 x 1024 (.*)\|", page)
-    said = [float(x) for x in re.findall(r"[\d.]+", row)]
-    steps = [rows[remat][3] for remat in memory.PLANNED]
-    assert said == pytest.approx([*rows["dots"][:3], *steps, rows["dots"][4]], abs=0.051)
     with pytest.raises(ValueError, match="cannot be split over 6 devices"):
         memory.plan(spec, 6)
+
+
+PAGE = Path(__file__).parent.parent / "tpu_scripts" / "README.md"
+TABLE = re.findall(
+    r"\| (LoRA|full)[^|]*\| (\d+) \| 1 x (\d+) \|(.*)\|", PAGE.read_text(encoding="utf-8")
+)
+
+
+@pytest.mark.parametrize("row", range(6))
+def test_the_table_of_the_7b_page_is_what_a_plan_says(row, tmp_path):
+    assert len(TABLE) == 6
+    method, devices, tokens, page = TABLE[row]
+    method = LORA if method == "LoRA" else MethodSpec("full", (1e-4,))
+    rows = planned(llama2_7b(tmp_path, method, int(devices), int(tokens)), int(devices))
+    steps = [rows[remat][3] for remat in memory.PLANNED]
+    said = [float(x) for x in re.findall(r"[\d.]+", page)]
+    assert said == pytest.approx([*rows["dots"][:3], *steps, rows["dots"][4]], abs=0.051)
 
 
 def test_planning_leaves_the_attention_kernel_as_it_was():
