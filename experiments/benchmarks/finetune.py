@@ -90,8 +90,7 @@ def in_turns(settings: dict[str, tuple[list[str], dict]], turns: int) -> list[di
                 worker.wait()  # ready again
             else:
                 worker.last = worker.result()
-    for worker in workers:
-        worker.process.wait()
+                worker.process.wait()  # a compiled peer takes seconds of processor time to end
     return [worker.last for worker in workers]
 
 

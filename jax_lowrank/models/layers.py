@@ -42,8 +42,9 @@ def _low_rank_fwd(x, a, b):
 def _low_rank_bwd(residuals, g):
     x, a, b, u = residuals
     t = g @ b.T
-    # Contracting into (r, in) and transposing is several times faster than x.T @ t on CPU.
-    return t @ a.T, (t.T @ x).T, u.T @ g
+    # Contracting into (r, in) and transposing is several times faster than x.T @ t on CPU, into
+    # which XLA would turn it back but for the barrier.
+    return t @ a.T, jax.lax.optimization_barrier(t.T @ x).T, u.T @ g
 
 
 low_rank.defvjp(_low_rank_fwd, _low_rank_bwd)
