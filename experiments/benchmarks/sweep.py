@@ -6,7 +6,7 @@ One process a setting; the processes of a case take turns, so that a machine who
 slows all of them. PEFT eager as installed, and compiled with huge pages and MKL's fast path (its
 strongest form), see peer_env.py. Writes results/sweep-<processor>.json beside this file, case by
 case, and prints the table; cases that are not measured again stay in it. `--table FILE` prints the
-table of a file. About 25 minutes on 2 otherwise idle cores.
+table of a file. About 35 minutes on 2 otherwise idle cores.
 """
 
 from __future__ import annotations
