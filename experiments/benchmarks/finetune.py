@@ -4,9 +4,9 @@
 
 `make bench` runs it. The same small models, batches and steps in both, one process a setting; the
 processes of a cell take turns of 4 steps, so that a machine whose speed drifts slows all of them
-(about 25 minutes on 2 otherwise idle cores). Peers: transformers + PEFT, eager as it is used by
-default, and compiled with huge pages (which we use too), its strongest form; both as installed
-('stock') and, on AMD processors, with MKL's fast path unlocked. Writes
+(25 minutes on 2 otherwise idle cores, an hour on AMD). Peers: transformers + PEFT, eager as it is
+used by default, and compiled with huge pages (which we use too), its strongest form; both as
+installed ('stock') and, on AMD processors, with MKL's fast path unlocked. Writes
 results/finetune-<processor>.json beside this file and prints the table; `--table FILE` prints the
 table of an earlier run.
 """
